@@ -1,0 +1,319 @@
+"""One YAML per experiment: dataclasses with a line of help per key, `base:` inheritance, key=value overrides.
+
+    cfg = config.load(["configs/toy/grpo.yaml", "train.lr=1e-3", "seed=1"])
+
+Unknown keys are refused with the nearest right one, values are checked on load, nothing is ignored. Paths in a
+YAML are relative to the folder one starts the script in. `--help` lists every key.
+"""
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from data import InputError, write_text
+
+
+def key(default, help, choices=None, at_least=None, above=None, at_most=None):
+    """One config key: its default, its line of help and what it may be."""
+    make = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**make, metadata=dict(help=help, choices=choices, at_least=at_least, above=above, at_most=at_most))
+
+
+@dataclass
+class Model:
+    path: str = key("", "Hugging Face folder or hub id of the base model; the KL reference is the same checkpoint")
+    dtype: str = key("auto", "compute type (master weights are at least float32); auto: bfloat16 on CUDA, float32 on CPU",
+                     choices=("auto", "float32", "bfloat16", "float64"))
+
+
+@dataclass
+class Data:
+    logs: str = key("", "training conversations, JSONL")
+    eval_logs: str = key("", "held-out conversations, JSONL")
+    valid_sessions: int = key(0, "sessions set aside from the training logs for evaluation during training "
+                                 "(0: evaluation during training reads the held-out turns)", at_least=0)
+    goal: str = key("", "what the expert is after; a session's own 'goal' wins")
+    lexicon: str = key("", "lexicon YAML of the rules extractor and the rules grader")
+    prompt: str = key("prompts/policy.md", "system prompt of the policy; {goal} is filled in")
+    prompt_no_stop: str = key("prompts/policy_no_stop.md", "training prompt of reward.mode no_rs: never mentions stopping")
+    long_prompts: str = key("error", "prompts over rollout.max_prompt_tokens: refuse to start, or leave the turns out",
+                            choices=("error", "drop"))
+
+
+@dataclass
+class Hindsight:
+    source: str = key("rules", "where I* comes from: the lexicon, or the logs' own 'learned' fields",
+                      choices=("rules", "annotations"))
+    stop_rule: str = key("paper", "paper: stop where I* is empty or at the last point; last_turn: stop only at the last "
+                                  "point, continue with an empty I* is dropped", choices=("paper", "last_turn"))
+    user_end: str = key("stop", "a session that ends on a user utterance: its last point is a stop, or is dropped",
+                        choices=("stop", "drop"))
+    generic: list = key(lambda: ["pregnancy", "allergies"], "slots left out of I* because any context admits them")
+
+
+@dataclass
+class Reward:
+    mode: str = key("product", "R_s(1 + beta R_a) + Omega | R_a + R_s + Omega | R_s(1 + beta) + Omega | beta R_a + Omega",
+                    choices=("product", "sum", "no_ra", "no_rs"))
+    beta: float = key(2.0, "weight of R_a", at_least=0)
+    omega_when_wrong: str = key("zero", "Omega on a wrong decision: 0, or scored like any other",
+                                choices=("zero", "score"))
+
+
+@dataclass
+class Rollout:
+    samples: int = key(5, "answers per prompt (the group size G)", at_least=1)
+    temperature: float = key(1.0, "sampling temperature in training; the loss scores the same distribution", above=0)
+    max_prompt_tokens: int = key(2048, "longest prompt", at_least=1)
+    max_new_tokens: int = key(1024, "longest answer; one that reaches it is cut off and trained as it stands", at_least=1)
+    max_rows: int = key(320, "answers decoded at once per rank (bounds the KV cache)", at_least=1)
+
+
+@dataclass
+class Train:
+    loss: str = key("grpo", "policy loss", choices=("grpo", "cispo", "gspo"))
+    advantage: str = key("std", "std: (R - mean) / (std + 1e-6) in the group; mean: centred only (Dr.GRPO)",
+                         choices=("std", "mean"))
+    aggregation: str = key("auto", "token mean, mean of sequence means, or a constant length (rollout.max_new_tokens); "
+                                   "auto: the loss's own (token; sequence for gspo)",
+                           choices=("auto", "token", "sequence", "constant"))
+    clip_low: typing.Optional[float] = key(None, "lower clip distance of the ratio; null: the loss's own "
+                                                 "(grpo 0.2, gspo 3e-4)", at_least=0, at_most=1)
+    clip_high: typing.Optional[float] = key(None, "upper clip distance; null: the loss's own (grpo 0.2, gspo 4e-4)",
+                                            at_least=0)
+    dual_clip: typing.Optional[float] = key(None, "grpo: bound of the ratio where A < 0; null: off", above=1)
+    is_floor: float = key(0.0, "cispo: smallest weight", at_least=0)
+    is_cap: float = key(1.28, "cispo: largest weight, absolute", above=0)
+    cispo_drop: bool = key(False, "cispo: also drop tokens with A > 0 and ratio > is_cap (the reference release does)")
+    tis_cap: typing.Optional[float] = key(None, "cap of the sampler/trainer importance weight; null: off", above=0)
+    kl_coef: float = key(0.0, "weight of the KL to the base model; 0 loads no reference", at_least=0)
+    kl: str = key("k2", "KL estimator used as a loss", choices=("k2", "k3"))
+    entropy_coef: float = key(0.0, "weight of the entropy bonus", at_least=0)
+    lr: float = key(5e-7, "learning rate", above=0)
+    schedule: str = key("constant", "after warm-up", choices=("constant", "linear", "cosine"))
+    warmup_steps: int = key(0, "steps of linear warm-up", at_least=0)
+    betas: list = key(lambda: [0.9, 0.999], "AdamW betas")
+    weight_decay: float = key(0.01, "AdamW weight decay", at_least=0)
+    grad_clip: float = key(1.0, "largest global gradient norm", above=0)
+    prompts_per_step: int = key(64, "groups per optimizer step", at_least=1)
+    steps_per_sync: int = key(1, "optimizer steps taken on rollouts from the same weights", at_least=1)
+    epochs: int = key(4, "passes over the training turns", at_least=1)
+    steps: typing.Optional[int] = key(None, "stop after so many optimizer steps; null: epochs decide", at_least=1)
+    tokens_per_microbatch: int = key(16384, "token budget of one forward pass per rank", at_least=1)
+    checkpoint_every: int = key(50, "steps between checkpoints (taken at the next sync boundary)", at_least=1)
+    keep_checkpoints: int = key(2, "newest checkpoints kept", at_least=1)
+    eval_every: typing.Optional[int] = key(50, "steps between evaluations (at the next sync boundary); null: none",
+                                           at_least=1)
+
+
+@dataclass
+class Eval:
+    samples: int = key(3, "answers per prompt", at_least=1)
+    temperature: float = key(1.0, "sampling temperature; greedy figures are always printed beside", above=0)
+    top_p: float = key(1.0, "nucleus of the evaluation's sampling", above=0, at_most=1)
+
+
+@dataclass
+class Wandb:
+    mode: str = key("disabled", "Weights & Biases logging", choices=("disabled", "offline", "online"))
+    project: str = key("learn-to-ask", "project name")
+
+
+@dataclass
+class Config:
+    run_dir: str = key("", "everything this experiment writes goes here")
+    seed: int = key(0, "data order and sampling noise", at_least=0)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    hindsight: Hindsight = field(default_factory=Hindsight)
+    reward: Reward = field(default_factory=Reward)
+    rollout: Rollout = field(default_factory=Rollout)
+    train: Train = field(default_factory=Train)
+    eval: Eval = field(default_factory=Eval)
+    wandb: Wandb = field(default_factory=Wandb)
+
+
+# ------------------------------------------------------------------------------------------------- load and check
+
+def flat_fields(section=Config, prefix=""):
+    """Yield (dotted key, dataclass field) for every leaf of the config."""
+    for f in dataclasses.fields(section):
+        if dataclasses.is_dataclass(f.type):
+            yield from flat_fields(f.type, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, f
+
+
+FIELDS = dict(flat_fields())
+
+
+def help_text(doc):
+    lines = [(doc or "").strip(), "", "Arguments: a YAML file, then key=value overrides. Every key, its default and what it does:", ""]
+    for name, f in FIELDS.items():
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        choices = f.metadata["choices"]
+        lines.append(f"  {name} = {'null' if default is None else default}")
+        lines.append(f"      {f.metadata['help']}{' (' + ' | '.join(choices) + ')' if choices else ''}")
+    return "\n".join(lines)
+
+
+def _flatten(tree, where, prefix=""):
+    sections = {f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
+    out = {}
+    for name, value in tree.items():
+        dotted = f"{prefix}{name}"
+        if dotted in sections:
+            if not isinstance(value, dict):
+                raise InputError(f"{where}: '{dotted}' is a section, so its value must be a mapping, not {value!r}")
+            out.update(_flatten(value, where, dotted + "."))
+        elif dotted in FIELDS:
+            out[dotted] = _coerce(dotted, value, where)
+        else:
+            _unknown(dotted, where)
+    return out
+
+
+def _unknown(name, where):
+    names = list(FIELDS) + sorted({n.split(".")[0] for n in FIELDS})
+    leaf = {n.split(".")[-1]: n for n in FIELDS}
+    near = difflib.get_close_matches(name, names, 1, 0.6)
+    if not near:
+        near = [leaf[m] for m in difflib.get_close_matches(name.split(".")[-1], list(leaf), 1, 0.6)]
+    hint = f"; did you mean '{near[0]}'?" if near else "; --help lists every key"
+    raise InputError(f"{where}: unknown key '{name}'{hint}")
+
+
+def _coerce(name, value, where):
+    """Check one value against its field's type and bounds; -> the value in that type."""
+    f, kind = FIELDS[name], FIELDS[name].type
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        kind = next(t for t in typing.get_args(kind) if t is not type(None))
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 5e-7 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is str and value is None:
+        value = ""
+    if type(value) is not kind:
+        raise InputError(f"{where}: {name} must be {kind.__name__}, not {value!r}")
+    m = f.metadata
+    if kind is float and value != value or value in (float("inf"), float("-inf")):
+        raise InputError(f"{where}: {name} must be finite, not {value!r}")
+    if m["choices"] and value not in m["choices"]:
+        near = difflib.get_close_matches(str(value), m["choices"], 1, 0.6)
+        raise InputError(f"{where}: {name} must be one of {', '.join(m['choices'])}, not {value!r}"
+                         + (f"; did you mean '{near[0]}'?" if near else ""))
+    for bound, bad, text in (("at_least", lambda v, b: v < b, "at least"), ("above", lambda v, b: v <= b, "above"),
+                             ("at_most", lambda v, b: v > b, "at most")):
+        if m[bound] is not None and bad(value, m[bound]):
+            raise InputError(f"{where}: {name} must be {text} {m[bound]}, not {value!r}")
+    return value
+
+
+def _read_yaml(path, seen=()):
+    """One YAML file and all it inherits by `base:` (a path beside the file) -> flat {dotted key: value}."""
+    path = Path(path)
+    if path.resolve() in seen:
+        raise InputError(f"{path}: 'base:' leads back to itself")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no such config: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path} cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: a config is a mapping of keys, not {type(tree).__name__}")
+    base = tree.pop("base", None)
+    flat = _read_yaml(path.parent / base, seen + (path.resolve(),)) if base else {}
+    return {**flat, **_flatten(tree, path)}
+
+
+def build(flat):
+    """Flat {dotted key: value} -> Config, with defaults filled in and the keys checked against each other."""
+    cfg = Config()
+    for name, value in flat.items():
+        *section, leaf = name.split(".")
+        setattr(getattr(cfg, section[0]) if section else cfg, leaf, value)
+    t = cfg.train
+    if t.aggregation == "auto":
+        t.aggregation = "sequence" if t.loss == "gspo" else "token"
+    if t.loss != "cispo":
+        own = {"grpo": (0.2, 0.2), "gspo": (3e-4, 4e-4)}[t.loss]
+        t.clip_low = own[0] if t.clip_low is None else t.clip_low
+        t.clip_high = own[1] if t.clip_high is None else t.clip_high
+    only = {"clip_low": ("grpo", "gspo"), "clip_high": ("grpo", "gspo"), "dual_clip": ("grpo",),
+            "is_floor": ("cispo",), "is_cap": ("cispo",), "cispo_drop": ("cispo",)}
+    default = Train()
+    for name, losses in only.items():  # a key the chosen loss never reads must not be set in vain
+        if t.loss not in losses and getattr(t, name) != getattr(default, name):
+            raise InputError(f"train.{name} has no effect with train.loss={t.loss} (only with {', '.join(losses)}); remove it")
+    if t.is_floor > t.is_cap:
+        raise InputError(f"train.is_floor={t.is_floor} is above train.is_cap={t.is_cap}")
+    if len(t.betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in t.betas):
+        raise InputError(f"train.betas must be two numbers in [0, 1), not {t.betas!r}")
+    if not all(isinstance(g, str) for g in cfg.hindsight.generic):
+        raise InputError(f"hindsight.generic must be a list of names, not {cfg.hindsight.generic!r}")
+    if cfg.rollout.samples > cfg.rollout.max_rows:
+        raise InputError(f"rollout.max_rows={cfg.rollout.max_rows} cannot hold one group of rollout.samples={cfg.rollout.samples}")
+    if cfg.eval.samples > cfg.rollout.max_rows:
+        raise InputError(f"rollout.max_rows={cfg.rollout.max_rows} cannot hold one group of eval.samples={cfg.eval.samples}")
+    if not cfg.run_dir:
+        raise InputError("run_dir is not set: name the folder this experiment writes to")
+    return cfg
+
+
+def load(argv, doc=None):
+    """Command line (YAML file, then key=value ...) -> Config. `--help` prints every key and ends the process."""
+    if any(a in ("-h", "--help") for a in argv):
+        print(help_text(doc))
+        raise SystemExit(0)
+    if not argv or "=" in argv[0]:
+        raise InputError("the first argument is a config file, e.g. configs/toy/grpo.yaml (--help lists every key)")
+    flat = _read_yaml(argv[0])
+    for arg in argv[1:]:
+        name, eq, text = arg.partition("=")
+        if not eq:
+            raise InputError(f"argument {arg!r} is not of the form key=value")
+        if name not in FIELDS:
+            _unknown(name, "command line")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"command line: the value of {name} is not valid YAML: {text!r}") from None
+        kind = FIELDS[name].type
+        flat[name] = _coerce(name, text if kind is str else value, "command line")
+    return build(flat)
+
+
+def flatten(cfg):
+    """Config -> flat {dotted key: value}, the resolved values."""
+    out = {}
+    for name in FIELDS:
+        *section, leaf = name.split(".")
+        out[name] = getattr(getattr(cfg, section[0]) if section else cfg, leaf)
+    return out
+
+
+def save(cfg, path):
+    """Write the resolved config as a YAML that load() reads back to the same Config."""
+    write_text(path, yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False, allow_unicode=True))
+
+
+def need(cfg, *names):
+    """Refuse, by name, keys that this stage needs and that are not set."""
+    flat = flatten(cfg)
+    for name in names:
+        if not flat[name]:
+            raise InputError(f"{name} is not set: {FIELDS[name].metadata['help']}")
