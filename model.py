@@ -1,0 +1,384 @@
+"""The decoder of Qwen2/2.5, Qwen3 and the Llama family, read from and written to Hugging Face folders.
+
+One class serves trainer and sampler. Tokens are packed: a forward pass takes N tokens of any number of sequences in one
+row, and who sees whom is decided by `attend(layer, q, k, v)`, a function the caller brings (the trainer: prompt + answers
+as a tree; the sampler: prompt cache + own answer). Parameter names are Hugging Face's, so loading and saving is by name.
+
+Letters: N packed tokens, H hidden size, A query heads, K key/value heads, D head size, V vocabulary, S attention spans.
+Norms, rotary angles and softmax run in float32 at least; float64 stays float64 (tests rely on it).
+"""
+import contextlib
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from data import InputError, write_json
+
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+
+
+# -------------------------------------------------------------------------------------------------------- attention
+
+@dataclass
+class Spans:
+    """S attention problems over packed tokens: span s reads q_len[s] query rows and k_len[s] key rows.
+
+    Causal, aligned at the end: the last query of a span sees all its keys, the one before sees all but the last, ...
+    q_rows [sum q_len] and k_rows [sum k_len] index the packed tokens; two spans may share key rows (a prompt).
+    """
+    q_rows: torch.Tensor
+    k_rows: torch.Tensor
+    q_len: torch.Tensor  # [S]
+    k_len: torch.Tensor  # [S]
+
+    def __post_init__(self):
+        device = self.q_rows.device
+        self.max_q, self.max_k = int(self.q_len.max()), int(self.k_len.max())
+        if device.type == "cuda":
+            self.cu_q = F.pad(self.q_len.cumsum(0), (1, 0)).to(device, torch.int32)
+            self.cu_k = F.pad(self.k_len.cumsum(0), (1, 0)).to(device, torch.int32)
+            return
+        # CPU: padded rectangles and a mask. Padding is told by lengths, never by token ids; a padded query looks at key 0
+        # so that no row is fully masked (its output is dropped, its gradient is zero).
+        q_at, k_at = torch.arange(self.max_q), torch.arange(self.max_k)
+        q_real, k_real = q_at < self.q_len[:, None], k_at < self.k_len[:, None]  # [S, max_q], [S, max_k]
+        self.q_slot = q_real.flatten().nonzero().flatten()  # where real queries sit in the padded rectangle
+        self.q_pad = torch.zeros(q_real.shape, dtype=torch.long).masked_scatter(q_real, self.q_rows).flatten()
+        self.k_pad = torch.zeros(k_real.shape, dtype=torch.long).masked_scatter(k_real, self.k_rows).flatten()
+        last = (self.k_len - self.q_len)[:, None] + q_at  # the last key query i may see, [S, max_q]
+        mask = (k_at <= last[:, :, None]) & k_real[:, None, :] & q_real[:, :, None]
+        mask[:, :, 0] |= ~q_real
+        self.mask = mask[:, None]  # [S, 1, max_q, max_k]
+
+
+def attention(q, k, v, spans):
+    """softmax(q k^T / sqrt(D)) v within each span. q [N, A, D], k and v [N, K, D] -> [sum q_len, A, D].
+
+    CUDA: flash-attn's varlen kernel where installed, else PyTorch's own; CPU: scaled_dot_product_attention with a mask.
+    """
+    if q.is_cuda:
+        return _varlen(q[spans.q_rows], k[spans.k_rows], v[spans.k_rows], spans)
+    S = len(spans.q_len)
+    q = q.index_select(0, spans.q_pad).view(S, spans.max_q, *q.shape[1:]).transpose(1, 2)  # [S, A, max_q, D]
+    k = k.index_select(0, spans.k_pad).view(S, spans.max_k, *k.shape[1:]).transpose(1, 2)  # [S, K, max_k, D]
+    v = v.index_select(0, spans.k_pad).view(S, spans.max_k, *v.shape[1:]).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=spans.mask, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, spans.q_slot)
+
+
+def _varlen(q, k, v, spans):
+    if flash_attn_varlen_func is not None:
+        return flash_attn_varlen_func(q, k, v, spans.cu_q, spans.cu_k, spans.max_q, spans.max_k, causal=True)
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+    names = inspect.signature(varlen_attn).parameters
+    causal = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}  # torch 2.13 | 2.11
+    if "enable_gqa" in names:
+        causal["enable_gqa"] = q.shape[1] != k.shape[1]
+    elif q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return varlen_attn(q, k, v, spans.cu_q, spans.cu_k, spans.max_q, spans.max_k, **causal)
+
+
+def causal_spans(lengths, device="cpu"):
+    """Independent sequences of these lengths, packed one after the other."""
+    lengths = torch.as_tensor(lengths)
+    rows = torch.arange(int(lengths.sum()), device=device)
+    return Spans(rows, rows, lengths, lengths)
+
+
+# -------------------------------------------------------------------------------------------------------- the decoder
+
+@dataclass
+class Shape:
+    """What config.json says of the architecture."""
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    eps: float
+    theta: float
+    rope_scaling: dict | None  # llama3's, or None
+    qkv_bias: bool
+    out_bias: bool
+    qk_norm: bool
+    tied: bool
+
+
+def read_shape(folder):
+    """config.json of a Hugging Face folder -> Shape. Raises InputError for an architecture this file does not compute."""
+    path = Path(folder) / "config.json"
+    try:
+        c = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.path: {path} cannot be read ({error})") from None
+    kind = c.get("model_type")
+    if kind not in ("qwen2", "qwen3", "llama"):
+        raise InputError(f"{path}: model_type {kind!r} is not supported; qwen2, qwen3 and llama are")
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    refused = {"rope type " + str(rope_type): rope_type not in ("default", "llama3"),
+               "sliding-window attention": bool(c.get("use_sliding_window")),
+               f"activation {c.get('hidden_act')}": c.get("hidden_act", "silu") != "silu",
+               "mlp_bias": bool(c.get("mlp_bias"))}
+    for what, present in refused.items():
+        if present:
+            raise InputError(f"{path}: {what} is not supported by model.py")
+    bias = bool(c.get("attention_bias"))
+    return Shape(
+        vocab=c["vocab_size"], hidden=c["hidden_size"], layers=c["num_hidden_layers"], heads=c["num_attention_heads"],
+        kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
+        head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"], mlp=c["intermediate_size"],
+        eps=c.get("rms_norm_eps", 1e-6), theta=rope.get("rope_theta") or c.get("rope_theta", 10000.0),
+        rope_scaling=rope if rope_type == "llama3" else None, qkv_bias=kind == "qwen2" or bias,
+        out_bias=kind != "qwen2" and bias, qk_norm=kind == "qwen3", tied=bool(c.get("tie_word_embeddings", False)))
+
+
+def wide(x):
+    """float32 at least: the type norms, softmax and log-probs are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        h = wide(x)
+        return self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rope_angles(shape, positions, dtype):
+    """Rotary cos and sin of these positions [N] -> two [N, 1, D] tensors."""
+    at_least = torch.float64 if dtype == torch.float64 else torch.float32
+    even = torch.arange(0, shape.head_dim, 2, dtype=at_least, device=positions.device)
+    freq = 1.0 / shape.theta ** (even / shape.head_dim)  # [D/2]
+    if shape.rope_scaling:  # Llama 3.1: long wavelengths stretched, short ones kept, a ramp between
+        s, old = shape.rope_scaling, shape.rope_scaling["original_max_position_embeddings"]
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        ramp = ((old * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        freq = freq * (ramp + (1 - ramp) / s["factor"])
+    angle = positions.to(at_least)[:, None] * freq  # [N, D/2]
+    angle = torch.cat([angle, angle], dim=-1)[:, None]  # [N, 1, D]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, s, index):
+        super().__init__()
+        self.index, self.head_dim = index, s.head_dim
+        self.q_proj = nn.Linear(s.hidden, s.heads * s.head_dim, bias=s.qkv_bias)
+        self.k_proj = nn.Linear(s.hidden, s.kv_heads * s.head_dim, bias=s.qkv_bias)
+        self.v_proj = nn.Linear(s.hidden, s.kv_heads * s.head_dim, bias=s.qkv_bias)
+        self.o_proj = nn.Linear(s.heads * s.head_dim, s.hidden, bias=s.out_bias)
+        if s.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(s.head_dim, s.eps), RMSNorm(s.head_dim, s.eps)
+        self.qk_norm = s.qk_norm
+
+    def forward(self, x, cos, sin, attend):  # x [N, H]
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = attend(self.index, rotate(q, cos, sin), rotate(k, cos, sin), v)  # [N, A, D]
+        return self.o_proj(out.flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, s):
+        super().__init__()
+        self.gate_proj = nn.Linear(s.hidden, s.mlp, bias=False)
+        self.up_proj = nn.Linear(s.hidden, s.mlp, bias=False)
+        self.down_proj = nn.Linear(s.mlp, s.hidden, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, s, index):
+        super().__init__()
+        self.input_layernorm = RMSNorm(s.hidden, s.eps)
+        self.self_attn = Attention(s, index)
+        self.post_attention_layernorm = RMSNorm(s.hidden, s.eps)
+        self.mlp = MLP(s)
+
+    def forward(self, x, cos, sin, attend):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.gathered = shape, False
+        self.model = nn.Module()  # Hugging Face's name for everything but the head
+        self.model.embed_tokens = nn.Embedding(shape.vocab, shape.hidden)
+        self.model.layers = nn.ModuleList(Layer(shape, i) for i in range(shape.layers))
+        self.model.norm = RMSNorm(shape.hidden, shape.eps)
+        if not shape.tied:
+            self.lm_head = nn.Linear(shape.hidden, shape.vocab, bias=False)
+
+    def forward(self, tokens, positions, attend, select=None):
+        """tokens, positions [N]; select [M] packed rows whose next token is asked for (None: all) -> logits [M, V]."""
+        x = self.model.embed_tokens(tokens)  # [N, H]
+        cos, sin = rope_angles(self.shape, positions, x.dtype)
+        for layer in self.model.layers:
+            # While the weights are gathered for sampling, FSDP's hooks around each layer have nothing to do.
+            x = (layer.forward if self.gathered else layer)(x, cos, sin, attend)
+        x = self.model.norm(x if select is None else x[select])
+        head = self.model.embed_tokens if self.shape.tied else self.lm_head
+        return F.linear(x, head.weight)
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """Whole weights on every rank while the block runs (a rollout phase); the sampler reads them in place."""
+    shards = [m for m in model.modules() if hasattr(m, "unshard")]
+    for m in shards:
+        m.unshard()
+    model.gathered = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.gathered = False
+        for m in shards:
+            m.reshard()
+
+
+# ------------------------------------------------------------------------------------------------ folders in and out
+
+def resolve(path):
+    """A local folder as it is; anything else is a hub id, downloaded by huggingface_hub."""
+    if Path(path).is_dir():
+        return Path(path)
+    if os.path.isabs(path) or path.startswith(".") or path.count("/") > 1:
+        raise InputError(f"model.path: no such folder: {path}")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+    except Exception as error:  # the hub's many errors (offline, unknown id, no access) all leave the user without weights
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"model.path: {path!r} is neither a local folder nor a hub id that could be downloaded "
+                         f"({reason})") from None
+
+
+def local_rows(rows, rank, world):
+    """FSDP2 shards dimension 0 like torch.chunk: -> [first, last) of this rank's rows.
+
+    >>> [local_rows(5, r, 4) for r in range(4)]
+    [(0, 2), (2, 4), (4, 5), (5, 5)]
+    """
+    size = -(-rows // world)
+    return min(rank * size, rows), min((rank + 1) * size, rows)
+
+
+def shard_rows(p):
+    """Rows [first, last) of the whole tensor that this parameter holds here."""
+    if not isinstance(p, DTensor):
+        return 0, p.shape[0]
+    return local_rows(p.shape[0], p.device_mesh.get_local_rank(), p.device_mesh.size())
+
+
+def load_weights(model, folder):
+    """Fill the parameters from safetensors (one file or shards with an index), each rank reading only its own rows."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.is_file():
+            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        else:
+            with safe_open(folder / "model.safetensors", "pt") as f:
+                where = dict.fromkeys(f.keys(), "model.safetensors")
+        files = {name: safe_open(folder / name, "pt") for name in sorted(set(where.values()))}
+    except Exception as error:  # safetensors raises its own kinds for torn or missing files
+        raise InputError(f"model.path: no readable safetensors weights in {folder} ({error})") from None
+    params = dict(model.named_parameters())
+    missing, extra = sorted(set(params) - set(where)), sorted(set(where) - set(params) - {"lm_head.weight"})
+    extra = [n for n in extra if not n.endswith("rotary_emb.inv_freq")]
+    if missing or extra:
+        what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which the architecture does not have"
+        raise InputError(f"{folder}: the checkpoint {what}: config.json and weights do not belong together")
+    for name, p in params.items():
+        stored = files[where[name]].get_slice(name)
+        if list(stored.get_shape()) != list(p.shape):
+            raise InputError(f"{folder}: {name} has shape {list(stored.get_shape())}, config.json asks for {list(p.shape)}")
+        first, last = shard_rows(p)
+        local = p.to_local() if isinstance(p, DTensor) else p
+        if last > first:
+            local.data.copy_(stored[first:last])
+    return model
+
+
+def load(path, device, dtype):
+    """A whole model on one device, in one type, without gradients: for sampling and evaluation."""
+    folder = resolve(path)
+    with torch.device("meta"):
+        model = Decoder(read_shape(folder))
+    return load_weights(model.to(dtype).to_empty(device=device).requires_grad_(False), folder)
+
+
+def export(model, base, out, max_bytes=4 << 30):
+    """Write the model as a Hugging Face folder: weights in the base checkpoint's type, its config and tokenizer files.
+
+    Collective under FSDP: one parameter at a time is gathered, rank 0 writes. The folder appears whole or not at all.
+    """
+    base, out = resolve(base), Path(out)
+    main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    params = list(model.named_parameters())
+    files, size = [[]], 0
+    for name, p in params:
+        if files[-1] and size + p.numel() * dtype.itemsize > max_bytes:
+            files.append([])
+            size = 0
+        files[-1].append((name, p))
+        size += p.numel() * dtype.itemsize
+    aside = out.with_name(out.name + ".tmp")
+    if main:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for f in base.iterdir():
+            if f.is_file() and not f.name.startswith((".", "model")) and f.suffix in (".json", ".txt", ".jinja", ".model"):
+                shutil.copyfile(f, aside / f.name)
+    weight_map = {}
+    for i, group in enumerate(files, 1):
+        file = "model.safetensors" if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors"
+        tensors = {}
+        for name, p in group:
+            whole = p.full_tensor() if isinstance(p, DTensor) else p
+            if main:
+                tensors[name] = whole.detach().to("cpu", dtype).contiguous()
+            weight_map[name] = file
+        if main:
+            save_file(tensors, aside / file, metadata={"format": "pt"})
+    if main:
+        if len(files) > 1:
+            total = sum(p.numel() for _, p in params) * dtype.itemsize
+            write_json(aside / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(aside, out)

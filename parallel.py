@@ -1,0 +1,69 @@
+"""One process per device: start the process group, shard a model with FSDP2, exchange small objects."""
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import model as decoder
+
+
+def start():
+    """Join torchrun's process group (NCCL on CUDA, gloo on CPU), or make one of a single rank. -> (rank, world, device)."""
+    cuda = torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    elif "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread unless OMP_NUM_THREADS is set
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def compute_dtype(name, device):
+    """config's model.dtype -> torch dtype."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def load_sharded(path, device, dtype, trainable=True):
+    """A checkpoint straight into FSDP2 shards: each rank reads only its own rows, no rank ever holds the whole model.
+
+    Trainable: master weights of at least float32, computing in `dtype`; gradients are SUMMED over ranks (the losses carry
+    global denominators, so FSDP's own averaging is undone). Not trainable (a KL reference): weights in `dtype`.
+    """
+    folder = decoder.resolve(path)
+    with torch.device("meta"):
+        model = decoder.Decoder(decoder.read_shape(folder))
+    master = torch.promote_types(dtype, torch.float32) if trainable else dtype
+    model = model.to(master).requires_grad_(trainable)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=master, cast_forward_inputs=False)
+    for module in [*model.model.layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    model.to_empty(device=device)
+    return decoder.load_weights(model, folder)
+
+
+def all_gather(obj):
+    """-> list of every rank's object (small, picklable), in rank order."""
+    out = [None] * dist.get_world_size()
+    dist.all_gather_object(out, obj)
+    return out
+
+
+def all_sum(values, device):
+    """Sum a list of numbers over ranks, in float64."""
+    t = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(t)
+    return t.tolist()
