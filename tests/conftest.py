@@ -1,0 +1,95 @@
+"""Shared by all tests: import path, an offline environment, the gpu marker, and tiny Hugging Face checkpoints.
+
+`make_checkpoint(kind, **overrides)` writes (once per session and set of arguments) a folder that transformers itself made:
+random weights large enough that the logits are far from uniform, a byte-level tokenizer, a chat template. Folders are
+shared between tests: copy one before changing it (`shutil.copytree`).
+"""
+import os
+import sys
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="disabled")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # tiny matrices: threads only cost
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 256, 257, 258
+CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+VOCAB = 288  # the embedding is a little larger than the tokenizer, as Qwen's is
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 32}
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+def make_tokenizer():
+    """One token per byte, and the three special tokens above; eos is <|im_end|>, pad is <|endoftext|>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   chat_template=CHAT)
+
+
+def make_model(kind, seed=0, dtype=torch.float32, **overrides):
+    """A tiny transformers model. kind: qwen2, qwen3, llama; overrides: keys of its config."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    shape = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, rms_norm_eps=1e-6,
+                 bos_token_id=256, eos_token_id=258, pad_token_id=256, dtype=dtype)
+    config = AutoConfig.for_model(kind, **(shape | overrides))
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=g)
+            if name.endswith("norm.weight"):
+                p.copy_(1 + 0.2 * noise)
+            elif name.endswith("bias"):
+                p.copy_(0.3 * noise)
+            elif "embed" in name or "lm_head" in name:
+                p.copy_(0.35 * noise)
+            else:
+                p.copy_(1.5 * noise * p.shape[1] ** -0.5)
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory):
+    made = {}
+
+    def make(kind="qwen2", max_shard_size="1GB", **overrides):
+        key = repr((kind, max_shard_size, sorted(overrides.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"{kind}_")
+            make_model(kind, **overrides).save_pretrained(folder, max_shard_size=max_shard_size)
+            make_tokenizer().save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(make_checkpoint):
+    """Qwen2: 288 tokens, hidden 32, 2 layers, 4 heads over 2 key/value heads, tied embeddings, float32."""
+    return make_checkpoint("qwen2")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_checkpoint):
+    from data import load_tokenizer
+    return load_tokenizer(tiny_checkpoint)
