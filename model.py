@@ -141,6 +141,10 @@ def read_shape(folder):
     for what, present in refused.items():
         if present:
             raise InputError(f"{path}: {what} is not supported by model.py")
+    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    for key in needed:
+        if not isinstance(c.get(key), int):
+            raise InputError(f"{path}: {key} is missing or not a whole number")
     bias = bool(c.get("attention_bias"))
     return Shape(
         vocab=c["vocab_size"], hidden=c["hidden_size"], layers=c["num_hidden_layers"], heads=c["num_attention_heads"],
@@ -307,15 +311,17 @@ def load_weights(model, folder):
     """Fill the parameters from safetensors (one file or shards with an index), each rank reading only its own rows."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
+    file, where = index, {}  # parameter name -> the open file that holds it
     try:
+        shards = {"model.safetensors"}
         if index.is_file():
-            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        else:
-            with safe_open(folder / "model.safetensors", "pt") as f:
-                where = dict.fromkeys(f.keys(), "model.safetensors")
-        files = {name: safe_open(folder / name, "pt") for name in sorted(set(where.values()))}
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        for name in sorted(shards):
+            file = folder / name
+            opened = safe_open(file, "pt")
+            where |= dict.fromkeys(opened.keys(), opened)
     except Exception as error:  # safetensors raises its own kinds for torn or missing files
-        raise InputError(f"model.path: no readable safetensors weights in {folder} ({error})") from None
+        raise InputError(f"model.path: {file} holds no readable safetensors weights ({error})") from None
     params = dict(model.named_parameters())
     missing, extra = sorted(set(params) - set(where)), sorted(set(where) - set(params) - {"lm_head.weight"})
     extra = [n for n in extra if not n.endswith("rotary_emb.inv_freq")]
@@ -323,7 +329,7 @@ def load_weights(model, folder):
         what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which the architecture does not have"
         raise InputError(f"{folder}: the checkpoint {what}: config.json and weights do not belong together")
     for name, p in params.items():
-        stored = files[where[name]].get_slice(name)
+        stored = where[name].get_slice(name)
         if list(stored.get_shape()) != list(p.shape):
             raise InputError(f"{folder}: {name} has shape {list(stored.get_shape())}, config.json asks for {list(p.shape)}")
         first, last = shard_rows(p)

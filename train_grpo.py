@@ -89,7 +89,7 @@ def cispo_loss(logp, old, adv, seq, t):
 
 def gspo_loss(logp, old, adv, seq, t):
     """-min(s A, clip(s, 1 - low, 1 + high) A) with s = exp(mean over the answer of logp - old) (arXiv 2507.18071)."""
-    s = ratio(sequence_mean(logp - old, seq), torch.zeros_like(old))[seq]
+    s = ratio(sequence_mean(logp - old, seq), 0.0)[seq]
     loss = -torch.minimum(s * adv, s.clamp(1 - t.clip_low, 1 + t.clip_high) * adv)
     clipped = ((adv > 0) & (s > 1 + t.clip_high)) | ((adv < 0) & (s < 1 - t.clip_low))
     return loss, {"ratio": s, "clip_share": clipped}
