@@ -236,6 +236,8 @@ def _read_yaml(path, seen=()):
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a config is a mapping of keys, not {type(tree).__name__}")
     base = tree.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise InputError(f"{path}: base must be the path of another config, not {base!r}")
     flat = _read_yaml(path.parent / base, seen + (path.resolve(),)) if base else {}
     return {**flat, **_flatten(tree, path)}
 

@@ -112,16 +112,23 @@ def load_turns(path):
 
 
 def load_tokenizer(path):
-    """A Hugging Face tokenizer with a chat template, from a local folder or a hub id."""
+    """A Hugging Face tokenizer from a local folder."""
     from transformers import AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # transformers raises many kinds here; all mean: no usable tokenizer at this path
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"model.path: no tokenizer could be loaded from {str(path)!r} ({reason})") from None
+
+
+def apply_template(tokenizer, messages):
+    """Messages -> token ids of the chat up to and including the header of the assistant's next turn."""
     if not tokenizer.chat_template:
-        raise InputError(f"the tokenizer at {path} has no chat template: add chat_template.jinja to the folder")
-    return tokenizer
+        raise InputError(f"the tokenizer at {tokenizer.name_or_path} has no chat template: add chat_template.jinja to it")
+    try:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    except Exception as error:  # a template may refuse what it was not written for, with any exception jinja has
+        raise InputError(f"the chat template of {tokenizer.name_or_path} refuses a conversation ({error})") from None
 
 
 def load_prompt(path):
@@ -139,7 +146,7 @@ def encode_prompt(tokenizer, system, turn):
     """System prompt (with the turn's goal) + context + generation header -> list of token ids."""
     messages = [{"role": "system", "content": system.replace("{goal}", turn.get("goal") or "")}]
     messages += [{"role": m["role"], "content": m["content"]} for m in turn["context"]]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    return apply_template(tokenizer, messages)
 
 
 def encode_prompts(tokenizer, system, turns, max_tokens, long_prompts="error"):

@@ -196,6 +196,7 @@ def evaluate_run(cfg):
         write_jsonl(run / "graded_greedy.jsonl", greedy)
         write_json(run / "eval.json", summary)
         print(f"wrote {run / 'eval.json'}, {run / 'graded.jsonl'}, {run / 'graded_greedy.jsonl'}")
+    parallel.stop()
 
 
 def compare(runs, sessions):

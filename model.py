@@ -8,11 +8,13 @@ Letters: N packed tokens, H hidden size, A query heads, K key/value heads, D hea
 Norms, rotary angles and softmax run in float32 at least; float64 stays float64 (tests rely on it).
 """
 import contextlib
+import inspect
 import json
 import math
 import os
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
 
 from data import InputError, write_json
 
@@ -28,6 +31,7 @@ try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
+VARLEN_ARGUMENTS = inspect.signature(varlen_attn).parameters
 
 
 # -------------------------------------------------------------------------------------------------------- attention
@@ -41,57 +45,59 @@ class Spans:
     """
     q_rows: torch.Tensor
     k_rows: torch.Tensor
-    q_len: torch.Tensor  # [S]
-    k_len: torch.Tensor  # [S]
+    q_len: torch.Tensor  # [S], on the CPU
+    k_len: torch.Tensor  # [S], on the CPU
 
     def __post_init__(self):
-        device = self.q_rows.device
         self.max_q, self.max_k = int(self.q_len.max()), int(self.k_len.max())
-        if device.type == "cuda":
-            self.cu_q = F.pad(self.q_len.cumsum(0), (1, 0)).to(device, torch.int32)
-            self.cu_k = F.pad(self.k_len.cumsum(0), (1, 0)).to(device, torch.int32)
-            return
-        # CPU: padded rectangles and a mask. Padding is told by lengths, never by token ids; a padded query looks at key 0
-        # so that no row is fully masked (its output is dropped, its gradient is zero).
-        q_at, k_at = torch.arange(self.max_q), torch.arange(self.max_k)
-        q_real, k_real = q_at < self.q_len[:, None], k_at < self.k_len[:, None]  # [S, max_q], [S, max_k]
-        self.q_slot = q_real.flatten().nonzero().flatten()  # where real queries sit in the padded rectangle
-        self.q_pad = torch.zeros(q_real.shape, dtype=torch.long).masked_scatter(q_real, self.q_rows).flatten()
-        self.k_pad = torch.zeros(k_real.shape, dtype=torch.long).masked_scatter(k_real, self.k_rows).flatten()
-        last = (self.k_len - self.q_len)[:, None] + q_at  # the last key query i may see, [S, max_q]
-        mask = (k_at <= last[:, :, None]) & k_real[:, None, :] & q_real[:, :, None]
-        mask[:, :, 0] |= ~q_real
-        self.mask = mask[:, None]  # [S, 1, max_q, max_k]
+
+    @cached_property
+    def offsets(self):
+        """Where each span starts among q_rows and k_rows, two [S + 1] tensors: what the varlen kernels ask for."""
+        device = self.q_rows.device
+        return tuple(F.pad(n.cumsum(0), (1, 0)).to(device, torch.int32) for n in (self.q_len, self.k_len))
+
+    @cached_property
+    def padded(self):
+        """The same as rectangles: q_pad [S max_q] and k_pad [S max_k] (rows to read), mask [S, 1, max_q, max_k], and
+        q_slot [sum q_len], where real queries sit. Padding is told by lengths, never by token ids; a padded query sees
+        some key, so that no softmax is empty, and its output is dropped."""
+        device = self.q_rows.device
+        q_at, k_at = torch.arange(self.max_q, device=device), torch.arange(self.max_k, device=device)
+        q_len, k_len = self.q_len.to(device)[:, None], self.k_len.to(device)[:, None]
+        q_real, k_real = q_at < q_len, k_at < k_len  # [S, max_q], [S, max_k]
+        q_pad, k_pad = (torch.zeros(real.shape, dtype=torch.long, device=device).masked_scatter(real, rows).flatten()
+                        for real, rows in ((q_real, self.q_rows), (k_real, self.k_rows)))
+        mask = k_at <= (k_len - q_len + q_at)[:, :, None]
+        return q_pad, k_pad, mask[:, None], q_real.flatten().nonzero().flatten()
 
 
 def attention(q, k, v, spans):
     """softmax(q k^T / sqrt(D)) v within each span. q [N, A, D], k and v [N, K, D] -> [sum q_len, A, D].
 
-    CUDA: flash-attn's varlen kernel where installed, else PyTorch's own; CPU: scaled_dot_product_attention with a mask.
+    CUDA in half precision: flash-attn's varlen kernel where installed, else PyTorch's own. Otherwise
+    scaled_dot_product_attention over padded spans with a mask.
     """
-    if q.is_cuda:
-        return _varlen(q[spans.q_rows], k[spans.k_rows], v[spans.k_rows], spans)
-    S = len(spans.q_len)
-    q = q.index_select(0, spans.q_pad).view(S, spans.max_q, *q.shape[1:]).transpose(1, 2)  # [S, A, max_q, D]
-    k = k.index_select(0, spans.k_pad).view(S, spans.max_k, *k.shape[1:]).transpose(1, 2)  # [S, K, max_k, D]
-    v = v.index_select(0, spans.k_pad).view(S, spans.max_k, *v.shape[1:]).transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=spans.mask, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, spans.q_slot)
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(q.index_select(0, spans.q_rows), k.index_select(0, spans.k_rows), v.index_select(0, spans.k_rows), spans)
+    S, (q_pad, k_pad, mask, q_slot) = len(spans.q_len), spans.padded
+    q = q.index_select(0, q_pad).view(S, spans.max_q, *q.shape[1:]).transpose(1, 2)  # [S, A, max_q, D]
+    k = k.index_select(0, k_pad).view(S, spans.max_k, *k.shape[1:]).transpose(1, 2)  # [S, K, max_k, D]
+    v = v.index_select(0, k_pad).view(S, spans.max_k, *v.shape[1:]).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, q_slot)
 
 
 def _varlen(q, k, v, spans):
+    sizes = (*spans.offsets, spans.max_q, spans.max_k)
     if flash_attn_varlen_func is not None:
-        return flash_attn_varlen_func(q, k, v, spans.cu_q, spans.cu_k, spans.max_q, spans.max_k, causal=True)
-    import inspect
-
-    from torch.nn.attention.varlen import varlen_attn
-    names = inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}  # torch 2.13 | 2.11
-    if "enable_gqa" in names:
+        return flash_attn_varlen_func(q, k, v, *sizes, causal=True)
+    causal = {"window_size": (-1, 0)} if "window_size" in VARLEN_ARGUMENTS else {"is_causal": True}  # newer | older torch
+    if "enable_gqa" in VARLEN_ARGUMENTS:
         causal["enable_gqa"] = q.shape[1] != k.shape[1]
     elif q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return varlen_attn(q, k, v, spans.cu_q, spans.cu_k, spans.max_q, spans.max_k, **causal)
+    return varlen_attn(q, k, v, *sizes, **causal)
 
 
 def causal_spans(lengths, device="cpu"):
@@ -122,6 +128,9 @@ class Shape:
     tied: bool
 
 
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
 def read_shape(folder):
     """config.json of a Hugging Face folder -> Shape. Raises InputError for an architecture this file does not compute."""
     path = Path(folder) / "config.json"
@@ -129,6 +138,8 @@ def read_shape(folder):
         c = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"model.path: {path} cannot be read ({error})") from None
+    if not isinstance(c, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(c).__name__}")
     kind = c.get("model_type")
     if kind not in ("qwen2", "qwen3", "llama"):
         raise InputError(f"{path}: model_type {kind!r} is not supported; qwen2, qwen3 and llama are")
@@ -137,10 +148,13 @@ def read_shape(folder):
     refused = {"rope type " + str(rope_type): rope_type not in ("default", "llama3"),
                "sliding-window attention": bool(c.get("use_sliding_window")),
                f"activation {c.get('hidden_act')}": c.get("hidden_act", "silu") != "silu",
-               "mlp_bias": bool(c.get("mlp_bias"))}
+               "mlp_bias": bool(c.get("mlp_bias")), "quantization": bool(c.get("quantization_config"))}
     for what, present in refused.items():
         if present:
             raise InputError(f"{path}: {what} is not supported by model.py")
+    lacks = [k for k in LLAMA3_ROPE if not isinstance(rope.get(k), (int, float))] if rope_type == "llama3" else []
+    if lacks:
+        raise InputError(f"{path}: rope type llama3 lacks {lacks[0]}")
     needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     for key in needed:
         if not isinstance(c.get(key), int):
@@ -277,6 +291,7 @@ def gathered(model):
 
 def resolve(path):
     """A local folder as it is; anything else is a hub id, downloaded by huggingface_hub."""
+    path = os.path.expanduser(path)
     if Path(path).is_dir():
         return Path(path)
     if os.path.isabs(path) or path.startswith(".") or path.count("/") > 1:

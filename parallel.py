@@ -27,6 +27,11 @@ def start():
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def stop():
+    """Leave the process group (NCCL warns at exit where a process did not)."""
+    dist.destroy_process_group()
+
+
 def compute_dtype(name, device):
     """config's model.dtype -> torch dtype."""
     if name == "auto":

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import model as decoder
 import parallel
 import reward
-from data import InputError, check_messages, cli, load_tokenizer, read_jsonl, write_jsonl
+from data import InputError, apply_template, check_messages, cli, load_tokenizer, read_jsonl, write_jsonl
 from model import wide
 
 PREFILL_TOKENS = 16384  # prompt tokens per prefill pass: bounds its activations
@@ -59,11 +59,13 @@ def pick(logits, uniform, temperature, top_p=1.0):
         before = ordered.exp().cumsum(-1) - ordered.exp()  # mass of strictly likelier tokens
         ordered = ordered.masked_fill(before >= top_p, -torch.inf)
         logp = torch.empty_like(logp).scatter_(-1, index, ordered).log_softmax(-1)
-    cdf = logp.exp().cumsum(-1)
-    total = cdf[:, -1]
-    # Below the total even after rounding: the token found then always has probability above zero.
+    p = logp.exp()
+    # What has no probability cannot be drawn: neither for a target that rounds up to the total, nor where a parallel scan
+    # steps up at a token of probability 0.
+    cdf = p.cumsum(-1).masked_fill(p == 0, 0)
+    total = cdf.amax(-1)
     target = torch.minimum(uniform.to(cdf.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
-    token = torch.searchsorted(cdf, target[:, None], right=True)[:, 0]
+    token = (cdf > target[:, None]).int().argmax(-1)  # the first such token
     return token, logp.gather(-1, token[:, None])[:, 0]
 
 
@@ -90,11 +92,11 @@ def attend_merged(q, group, G, prompt_k, prompt_v, prompt_len, own_k, own_v, own
     grouped = grouped.view(B, G, K, rep, D).transpose(1, 2).reshape(B, K, G * rep, D)
     prompt_out, prompt_lse = (by_row(x) for x in part(grouped, prompt_k, prompt_v, prompt_len))
     own_out, own_lse = (x.flatten(1, 2) for x in part(rows, own_k, own_v, own_len))
-    weight = torch.sigmoid(prompt_lse - own_lse)[..., None].to(q.dtype)
-    return weight * prompt_out + (1 - weight) * own_out
+    weight = torch.sigmoid(prompt_lse - own_lse)[..., None]
+    return (weight * wide(prompt_out) + (1 - weight) * wide(own_out)).to(q.dtype)
 
 
-class Batch:
+class Slots:
     """Static buffers: B prompt places, B * G row places, the first n of which are active, and what each row has so far."""
 
     def __init__(self, model, B, G, max_prompt, max_new):
@@ -110,10 +112,10 @@ class Batch:
         self.tokens = torch.zeros(B * G, max_new, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(B * G, max_new, device=device, dtype=wide(weight[:0]).dtype)
         self.rows = []  # of each active row: [prompt index, sample, tokens so far], the host's copy
-        self.in_place = {}  # prompt place -> [prompt index, prompt length, rows still active]
+        self.held = {}  # prompt place -> [prompt index, prompt length, rows still active]
 
     def free_places(self):
-        return [p for p in range(len(self.prompt_len)) if p not in self.in_place]
+        return [p for p in range(len(self.prompt_len)) if p not in self.held]
 
     def prefill(self, model, prompts, entries, noise):
         """Run prompts through the model into the cache; entries: (place, prompt index). -> logits of their G rows each."""
@@ -134,7 +136,7 @@ class Batch:
         n, m, G = len(self.rows), len(entries), self.G
         new = slice(n, n + m * G)
         for p, i in entries:
-            self.in_place[p] = [i, len(prompts[i]), G]
+            self.held[p] = [i, len(prompts[i]), G]
             self.prompt_len[p] = len(prompts[i])
             self.rows += [[i, g, 0] for g in range(G)]
         self.place[new] = torch.tensor([p * G + g for p, _ in entries for g in range(G)], device=self.device)
@@ -148,8 +150,8 @@ class Batch:
         row = torch.arange(n, device=self.device)
         cached = self.length[:n] - 1  # the last sampled token is not in the cache yet
         T = max(r[2] for r in self.rows)
-        B = 1 + max(self.in_place)
-        P = max(length for _, length, _ in self.in_place.values())
+        B = 1 + max(self.held)
+        P = max(length for _, length, _ in self.held.values())
         place, seen = self.place[:n], self.prompt_len[:B]
 
         def attend(layer, q, k, v):
@@ -177,11 +179,10 @@ class Batch:
         for j, r in enumerate(done):
             i, g, length = self.rows[r]
             out.append((i, g, tokens[j][:length], logprobs[j][:length]))
-        for p in [p for p, (i, _, _) in self.in_place.items()]:
-            left = sum(self.rows[r][0] == self.in_place[p][0] for r in done)
-            self.in_place[p][2] -= left
-            if self.in_place[p][2] == 0:
-                del self.in_place[p]
+        for p in [p for p, (i, _, _) in self.held.items()]:
+            self.held[p][2] -= sum(self.rows[r][0] == self.held[p][0] for r in done)
+            if self.held[p][2] == 0:
+                del self.held[p]
         n = len(self.rows) - len(done)
         gone = set(done)
         holes = [r for r in done if r < n]
@@ -214,8 +215,8 @@ def generate(model, prompts, *, samples, max_new_tokens, temperature, ends, seed
         raise InputError(f"prompt {[len(p) for p in prompts].index(0)} is empty")
     keys = [(i,) for i in range(len(prompts))] if keys is None else keys
     B = min(len(prompts), max(1, max_rows // samples))
-    batch = Batch(model, B, samples, max(map(len, prompts)), max_new_tokens)
-    end_ids = torch.tensor(sorted(ends), device=batch.device)
+    slots = Slots(model, B, samples, max(map(len, prompts)), max_new_tokens)
+    end_ids = torch.tensor(sorted(ends), device=slots.device)
     answers = [[None] * samples for _ in prompts]
     waiting = list(range(len(prompts)))[::-1]
 
@@ -223,24 +224,24 @@ def generate(model, prompts, *, samples, max_new_tokens, temperature, ends, seed
         return np.random.default_rng([seed, *keys[i], g]).random(max_new_tokens, dtype=np.float32)
 
     def draw(logits, rows):
-        token, logprob = pick(logits, batch.uniform[rows].gather(1, batch.length[rows][:, None])[:, 0], temperature, top_p)
-        batch.append(rows, token, logprob)
+        token, logprob = pick(logits, slots.uniform[rows].gather(1, slots.length[rows][:, None])[:, 0], temperature, top_p)
+        slots.append(rows, token, logprob)
 
-    while waiting or batch.rows:
-        free = batch.free_places()
-        if waiting and (not batch.rows or 4 * len(free) >= B):  # refill in bulk: a pass over one prompt is a slow pass
+    while waiting or slots.rows:
+        free = slots.free_places()
+        if waiting and (not slots.rows or 4 * len(free) >= B):  # refill in bulk: a pass over one prompt is a slow pass
             while waiting and free:
                 entries, size = [], 0
                 while waiting and free and (not entries or size + len(prompts[waiting[-1]]) <= PREFILL_TOKENS):
                     entries.append((free.pop(0), waiting.pop()))
                     size += len(prompts[entries[-1][1]])
-                draw(*batch.prefill(model, prompts, entries, noise))
+                draw(*slots.prefill(model, prompts, entries, noise))
         else:
-            draw(batch.decode(model), slice(0, len(batch.rows)))
-        n = len(batch.rows)
-        last = batch.tokens[:n].gather(1, batch.length[:n, None] - 1)
-        done = ((last == end_ids).any(1) | (batch.length[:n] == max_new_tokens)).nonzero().flatten().tolist()  # the one sync
-        for i, g, tokens, logprobs in batch.retire(done) if done else ():
+            draw(slots.decode(model), slice(0, len(slots.rows)))
+        n = len(slots.rows)
+        last = slots.tokens[:n].gather(1, slots.length[:n, None] - 1)
+        done = ((last == end_ids).any(1) | (slots.length[:n] == max_new_tokens)).nonzero().flatten().tolist()  # the one sync
+        for i, g, tokens, logprobs in slots.retire(done) if done else ():
             finish = "stop" if tokens[-1] in ends else "length"
             answers[i][g] = Answer(tokens, logprobs, finish, temperature, top_p)
             if bar is not None:
@@ -303,7 +304,7 @@ def read_prompts(path, tokenizer):
             bad = check_messages(rest)
             if bad:
                 raise InputError(f'{path}:{n}: expected {{"messages": [...]}} or {{"prompt": "..."}}: {bad}')
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            ids = apply_template(tokenizer, messages)
         if not ids:
             raise InputError(f"{path}:{n}: the prompt is empty")
         objects.append(obj)
@@ -326,14 +327,14 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--max-rows", type=int, default=320, help="answers decoded at once (bounds the KV cache)")
     a = p.parse_args()
-    for name, ok in (("samples", a.samples > 0), ("max-new-tokens", a.max_new_tokens > 0), ("temperature", a.temperature > 0),
+    for name, ok in (("samples", a.samples > 0), ("max-new-tokens", a.max_new_tokens > 0), ("temperature", 0 < a.temperature < float("inf")),
                      ("top-p", 0 < a.top_p <= 1), ("max-rows", a.max_rows >= a.samples), ("seed", a.seed >= 0)):
         if not ok:
             raise InputError(f"--{name} {getattr(a, name.replace('-', '_'))} is out of range")
-    tokenizer = load_tokenizer(a.model)
+    folder = decoder.resolve(a.model)
+    tokenizer = load_tokenizer(folder)
     objects, prompts = read_prompts(a.prompts, tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder = decoder.resolve(a.model)
     model = decoder.load(folder, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     ends = end_ids(folder, tokenizer)
     with tqdm(total=len(prompts) * a.samples, unit="answer", desc="rollout") as bar:

@@ -239,7 +239,7 @@ def lr_at(step, total, t):
 
 def stream(n, start, stop, seed):
     """Turn indices at positions start .. stop - 1 of the endless stream of shuffled epochs."""
-    order = {e: np.random.default_rng([seed, e]).permutation(n) for e in range(start // n, (stop - 1) // n + 1)}
+    order = {e: np.random.default_rng([seed, 2, e]).permutation(n) for e in range(start // n, (stop - 1) // n + 1)}
     return [int(order[i // n][i % n]) for i in range(start, stop)]
 
 
@@ -290,7 +290,8 @@ def main():
     rank, world, device = parallel.start()
     dtype = parallel.compute_dtype(cfg.model.dtype, device)
     checkpoint.open_run(cfg)
-    tokenizer, folder = load_tokenizer(cfg.model.path), decoder.resolve(cfg.model.path)
+    folder = decoder.resolve(cfg.model.path)
+    tokenizer = load_tokenizer(folder)
     ends, lexicon = rollout.end_ids(folder, tokenizer), lexicons.load(cfg.data.lexicon)
     (turns, prompts), held_out = load_training_turns(cfg, tokenizer)
     total = t.steps or t.epochs * len(turns) // t.prompts_per_step
@@ -353,6 +354,7 @@ def main():
     decoder.export(model, folder, run / "export")
     if rank == 0:
         print(f"trained {total} steps; model: {run / 'export'}, metrics: {run / 'metrics.jsonl'}")
+    parallel.stop()
 
 
 if __name__ == "__main__":

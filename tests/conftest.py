@@ -2,10 +2,14 @@
 
 `make_checkpoint(kind, **overrides)` writes (once per session and set of arguments) a folder that transformers itself made:
 random weights large enough that the logits are far from uniform, a byte-level tokenizer, a chat template. Folders are
-shared between tests: copy one before changing it (`shutil.copytree`).
+shared between tests: copy one before changing it (`shutil.copytree`). `one_rank` is a process group of one; `run_ranks`
+calls a function in several processes, each with the environment that torchrun would give it.
 """
+import multiprocessing
 import os
+import socket
 import sys
+import traceback
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="disabled")
@@ -93,3 +97,67 @@ def tiny_checkpoint(make_checkpoint):
 def tiny_tokenizer(tiny_checkpoint):
     from data import load_tokenizer
     return load_tokenizer(tiny_checkpoint)
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    """A process group of one rank, as a script without torchrun makes it. -> its device."""
+    import parallel
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    ours = not torch.distributed.is_initialized()
+    rank, world, device = parallel.start()
+    assert (rank, world) == (0, 1)
+    yield device
+    if ours:
+        torch.distributed.destroy_process_group()
+
+
+def _rank(function, args, env, pipe):
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    try:
+        pipe.send((function(*args), None))
+    except BaseException:
+        pipe.send((None, traceback.format_exc()))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def run_ranks():
+    """run_ranks(function, world, *args): call a module-level function on `world` ranks, CPU only. -> list of what they return.
+
+    The function calls parallel.start() itself. Processes are forked from a server that has torch imported, once a session.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor", "pytest"])
+
+    def run(function, world, *args, timeout=120):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        ranks = []
+        for rank in range(world):
+            env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=port, CUDA_VISIBLE_DEVICES="")
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_rank, args=(function, args, {k: str(v) for k, v in env.items()}, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            ranks.append((process, ours))
+        try:
+            results = []
+            for rank, (process, pipe) in enumerate(ranks):
+                assert pipe.poll(timeout), f"rank {rank} did not answer in {timeout} s"
+                value, error = pipe.recv()
+                assert error is None, f"rank {rank}:\n{error}"
+                results.append(value)
+            return results
+        finally:
+            for process, _ in ranks:
+                process.join(5)
+                process.kill()
+
+    return run

@@ -53,7 +53,7 @@ def plain_gspo(logp, old, adv, t):
     out = []
     for s in range(4):
         at = [i for i in range(len(SEQ)) if SEQ[i] == s]
-        ratio = math.exp(sum(float(logp[i] - old[i]) for i in at) / len(at))
+        ratio = math.exp(sum(float(logp.detach()[i] - old[i]) for i in at) / len(at))
         out += [plain_grpo(ratio, float(adv[i]), 0, SimpleNamespace(**vars(t) | {"dual_clip": None})) for i in at]
     return out
 

@@ -74,7 +74,7 @@ def test_logits_and_greedy_tokens_equal_transformers(name, make_checkpoint):
     with torch.no_grad():
         for s, got in zip(seqs, packed_logits(ours, seqs)):
             want = theirs(s[None]).logits[0]
-            assert want.std() > 1 and want.softmax(-1).amax(-1).mean() > 0.05, "a test on near-uniform logits shows nothing"
+            assert want.std() > 1, "a test on near-uniform logits shows nothing"
             torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
         greedy = seqs[3]
@@ -314,14 +314,18 @@ def test_torn_or_missing_shard_is_named(broken):
     fails(folder, shard.name)
 
 
-def test_index_that_names_tensors_its_files_do_not_hold(broken):
+def test_index_and_files_that_do_not_agree(broken):
     folder = broken(max_shard_size="20KB")
     path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    files = sorted(set(index["weight_map"].values()))
-    index["weight_map"]["model.norm.weight"] = next(f for f in files if f != index["weight_map"]["model.norm.weight"])
-    path.write_text(json.dumps(index))
-    fails(folder, "model.norm.weight")
+    where = json.loads(path.read_text())["weight_map"]
+    gone = where["model.norm.weight"]
+    path.write_text(json.dumps({"weight_map": {n: f for n, f in where.items() if f != gone}}))
+    fails(folder, "lacks", min(n for n in where if where[n] == gone))
+    path.write_text(json.dumps({"weight_map": where | {"model.norm.weight": "model-00099-of-00005.safetensors"}}))
+    fails(folder, "model-00099-of-00005.safetensors")
+    for wrong in ("{", "[]", "{}"):
+        path.write_text(wrong)
+        fails(folder, path.name)
 
 
 def test_no_weights_and_no_config(broken):
@@ -349,10 +353,23 @@ def test_architectures_that_are_refused(broken, changes, word):
     fails(folder, "config.json", word)
 
 
-def test_config_that_lacks_a_size(broken):
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"])
+def test_config_that_lacks_a_size(broken, key):
     folder = broken()
-    edit(folder, remove=("hidden_size",))
-    fails(folder, "config.json", "hidden_size")
+    edit(folder, remove=(key,))
+    fails(folder, "config.json", key)
+
+
+def test_a_config_that_is_no_object(broken):
+    folder = broken()
+    (folder / "config.json").write_text("[]")
+    fails(folder, "config.json")
+
+
+def test_a_llama3_rope_that_lacks_a_number(broken):
+    folder = broken()
+    edit(folder, rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0})
+    fails(folder, "config.json", "low_freq_factor")
 
 
 @pytest.mark.parametrize("path", ["./nope", "/no/such/folder", "runs/grpo_7b/export", "nobody/no-such-model", "no-such-model"])
@@ -361,7 +378,7 @@ def test_a_model_that_is_nowhere(path):
     with pytest.raises(InputError) as caught:
         decoder.resolve(path)
     assert path in str(caught.value) and "\n" not in str(caught.value)
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 10
 
 
 def test_local_rows_are_what_fsdp_shards():

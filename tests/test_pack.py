@@ -182,6 +182,11 @@ def test_no_more_micro_batches_than_first_fit_needs():
     assert len(balance(trees, 1, 40)[0]) == 2 and len(balance(trees, 2, 40)[0]) == 1
 
 
+def test_ranks_are_balanced_by_tokens_not_by_trees():
+    trees = [Tree([0] * n, [[1]], [(b, 0)]) for b, n in enumerate([100] + [10] * 10)]
+    assert [sum(t.size() for bin in bins for t in bin) for bins in balance(trees, 2, 1000)] == [100, 100]
+
+
 def test_a_tree_that_fits_is_not_split():
     tree = TREES[0]
     assert [t.answers for t in split_tree(tree, tree.size())] == [tree.answers]
