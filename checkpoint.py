@@ -23,19 +23,26 @@ from model import shard_rows
 
 # Keys that may differ when a run goes on: how long, how often to look, where to log.
 MAY_CHANGE = ("train.steps", "train.epochs", "train.checkpoint_every", "train.keep_checkpoints", "train.eval_every",
-              "train.tokens_per_microbatch", "rollout.max_rows", "eval.", "wandb.")
+              "train.tokens_per_microbatch", "rollout.max_rows")  # and all of eval. and wandb.
 
 
-def open_run(cfg):
+def may_change(name, cfg):
+    if name in ("train.steps", "train.epochs") and cfg.train.schedule != "constant":
+        return False  # the learning rate depends on where the end is
+    return name in MAY_CHANGE or name.startswith(("eval.", "wandb."))
+
+
+def open_run(cfg, rank):
     """Make run_dir or go on in it: refuse a folder that holds a run of another config, save the resolved config."""
     path = Path(cfg.run_dir) / "config.yaml"
-    if path.is_file():
+    if path.is_file() and (all_checkpoints(path.parent / "checkpoints") or (path.parent / "metrics.jsonl").is_file()):
         old, new = config.flatten(config.load([str(path)])), config.flatten(cfg)
         for name in new:
-            if old[name] != new[name] and not name.startswith(MAY_CHANGE):
+            if old[name] != new[name] and not may_change(name, cfg):
                 raise InputError(f"{cfg.run_dir} holds a run with {name}={old[name]!r}, this one has {new[name]!r}: "
                                  f"choose another run_dir, or remove the folder to start afresh")
-    config.save(cfg, path)
+    if rank == 0:
+        config.save(cfg, path)
 
 
 def local(p):

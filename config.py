@@ -91,7 +91,7 @@ class Train:
     cispo_drop: bool = key(False, "cispo: also drop tokens with A > 0 and ratio > is_cap (the reference release does)")
     tis_cap: typing.Optional[float] = key(None, "cap of the sampler/trainer importance weight; null: off", above=0)
     kl_coef: float = key(0.0, "weight of the KL to the base model; 0 loads no reference", at_least=0)
-    kl: str = key("k2", "KL estimator used as a loss", choices=("k2", "k3"))
+    kl: str = key("k2", "KL estimator used as a loss where kl_coef > 0", choices=("k2", "k3"))
     entropy_coef: float = key(0.0, "weight of the entropy bonus", at_least=0)
     lr: float = key(5e-7, "learning rate", above=0)
     schedule: str = key("constant", "after warm-up", choices=("constant", "linear", "cosine"))
@@ -102,8 +102,8 @@ class Train:
     prompts_per_step: int = key(64, "groups per optimizer step", at_least=1)
     steps_per_sync: int = key(1, "optimizer steps taken on rollouts from the same weights", at_least=1)
     epochs: int = key(4, "passes over the training turns", at_least=1)
-    steps: typing.Optional[int] = key(None, "stop after so many optimizer steps; null: epochs decide", at_least=1)
-    tokens_per_microbatch: int = key(16384, "token budget of one forward pass per rank", at_least=1)
+    steps: typing.Optional[int] = key(None, "train for exactly so many optimizer steps; null: epochs decide", at_least=1)
+    tokens_per_microbatch: int = key(16384, "token budget of one forward pass per rank (one prompt with one answer may exceed it)", at_least=1)
     checkpoint_every: int = key(50, "steps between checkpoints (taken at the next sync boundary)", at_least=1)
     keep_checkpoints: int = key(2, "newest checkpoints kept", at_least=1)
     eval_every: typing.Optional[int] = key(50, "steps between evaluations (at the next sync boundary); null: none",
@@ -261,6 +261,8 @@ def build(flat):
     for name, losses in only.items():  # a key the chosen loss never reads must not be set in vain
         if t.loss not in losses and getattr(t, name) != getattr(default, name):
             raise InputError(f"train.{name} has no effect with train.loss={t.loss} (only with {', '.join(losses)}); remove it")
+    if cfg.reward.mode == "sum" and cfg.reward.beta != Reward().beta:
+        raise InputError("reward.beta has no effect with reward.mode=sum, which is the product with beta 1; remove it")
     if t.is_floor > t.is_cap:
         raise InputError(f"train.is_floor={t.is_floor} is above train.is_cap={t.is_cap}")
     if len(t.betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in t.betas):

@@ -115,10 +115,13 @@ def load_tokenizer(path):
     """A Hugging Face tokenizer from a local folder."""
     from transformers import AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # transformers raises many kinds here; all mean: no usable tokenizer at this path
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"model.path: no tokenizer could be loaded from {str(path)!r} ({reason})") from None
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one without complaint
+        raise InputError(f"model.path: the tokenizer at {path} is empty: its tokenizer.json is missing")
+    return tokenizer
 
 
 def apply_template(tokenizer, messages):

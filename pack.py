@@ -40,7 +40,7 @@ DUMMY = Tree([0], [[0]], [])
 
 
 def pack(trees, device="cpu"):
-    """Trees -> Packed. No trees: a dummy of two tokens, to be given zero weight."""
+    """Trees -> Packed. No trees: a dummy, to be given zero weight."""
     trees = trees or [DUMMY]
     tokens = [t for tree in trees for t in tree.prompt]
     positions = [i for tree in trees for i in range(len(tree.prompt))]

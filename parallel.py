@@ -52,8 +52,8 @@ def load_sharded(path, device, dtype, trainable=True):
     model = model.to(master).requires_grad_(trainable)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=master, cast_forward_inputs=False)
-    for module in [*model.model.layers, model]:
-        fully_shard(module, mesh=mesh, mp_policy=precision)
+    for module in [*model.model.layers, model]:  # without a backward even the root can be let go after the forward
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=None if trainable else True)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=device)

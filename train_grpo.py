@@ -13,11 +13,12 @@ where nothing else (KL, entropy) needs them, but their tokens still count in the
 
 Letters: B groups, G samples, M answer tokens of a micro-batch, S its answers, V vocabulary.
 """
+import hashlib
 import math
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,6 @@ def gspo_loss(logp, old, adv, seq, t):
     return loss, {"ratio": s, "clip_share": clipped}
 
 
-MAX_BAD_STEPS = 5
 LOSSES = {"grpo": grpo_loss, "cispo": cispo_loss, "gspo": gspo_loss}
 
 
@@ -128,11 +128,10 @@ def aggregate(loss, seq, mode, tokens, answers, length):
 
 @dataclass
 class Group:
-    """One prompt of a step with its sampled answers, their rewards (NaN: grading failed) and advantages."""
+    """One prompt of a step with its sampled answers and their rewards (NaN: grading failed)."""
     prompt: list
     answers: list  # rollout.Answer
     rewards: list
-    advantages: list = field(default_factory=list)
 
 
 @dataclass
@@ -187,6 +186,9 @@ def train_step(model, reference, optimizer, batch, cfg, on_policy, device):
     for packed, old, sampled, adv in zip(batch.packed, batch.old, batch.sampled, batch.adv):
         logp, entropy = pack.logprobs(model, packed, cfg.rollout.temperature, entropy=t.entropy_coef > 0)
         if not packed.index:  # a dummy keeps FSDP's collectives paired
+            if reference is not None:
+                with torch.no_grad():
+                    pack.logprobs(reference, packed, cfg.rollout.temperature)
             (logp.sum() * 0.0).backward()
             continue
         if t.steps_per_sync == 1:
@@ -219,12 +221,13 @@ def train_step(model, reference, optimizer, batch, cfg, on_policy, device):
 
     names = ["loss", "trained_tokens", "ratio", "clip_share", "entropy", "gap"] + ["kl"] * (reference is not None)
     total = dict(zip(names, parallel.all_sum([sums[n] for n in names], device)))
-    n = max(total["trained_tokens"], 1)
-    out = {k: v if k in ("loss", "trained_tokens") else v / n for k, v in total.items()}
-    gap_mean, gap_max = out.pop("gap"), max(parallel.all_gather(worst))
-    out |= {"gap_mean": gap_mean if on_policy else None, "gap_max": gap_max if on_policy else None,
-            "grad_norm": norm if finite else None, "finite": finite, "skipped_groups": batch.skipped / batch.groups}
-    return out
+    n = total["trained_tokens"]
+    out = {k: v if k in ("loss", "trained_tokens") else v / n if n else None for k, v in total.items()}
+    out |= {"gap_mean": out.pop("gap") if on_policy else None,
+            "gap_max": max(parallel.all_gather(worst)) if on_policy and n else None, "grad_norm": norm}
+    # null: nothing was computed, or it is not finite (JSON has no NaN)
+    out = {k: v if v is not None and math.isfinite(v) else None for k, v in out.items()}
+    return out | {"finite": finite, "skipped_groups": batch.skipped / batch.groups}
 
 
 def lr_at(step, total, t):
@@ -237,6 +240,9 @@ def lr_at(step, total, t):
 
 # ------------------------------------------------------------------------------------------------------------ the loop
 
+MAX_BAD_STEPS = 5  # steps in a row without a finite gradient
+
+
 def stream(n, start, stop, seed):
     """Turn indices at positions start .. stop - 1 of the endless stream of shuffled epochs."""
     order = {e: np.random.default_rng([seed, 2, e]).permutation(n) for e in range(start // n, (stop - 1) // n + 1)}
@@ -247,8 +253,8 @@ def rescore(model, batches, cfg):
     """Old log-probs as the trainer computes them, at the weights the rollouts came from (for the importance weight)."""
     with torch.no_grad():
         for batch in batches:
-            batch.old = [pack.logprobs(model, p, cfg.rollout.temperature)[0] if p.index else old
-                         for p, old in zip(batch.packed, batch.old)]
+            batch.old = [pack.logprobs(model, p, cfg.rollout.temperature)[0] for p in batch.packed]
+    model.reshard()  # FSDP keeps the root gathered after a forward without a backward
 
 
 def figures_of(graded, groups):
@@ -256,7 +262,7 @@ def figures_of(graded, groups):
     flat = [g for records in graded for g in records]
     answers = [a for g in groups for a in g.answers]
     rewards = [g["reward"] for g in flat if g["reward"] is not None]
-    return {"reward": sum(rewards) / max(1, len(rewards)), **evaluation.metrics(flat),
+    return {"reward": sum(rewards) / len(rewards) if rewards else None, **evaluation.metrics(flat),
             "length": sum(len(a.tokens) for a in answers) / len(answers),
             "cut_off": sum(a.finish == "length" for a in answers) / len(answers)}
 
@@ -275,6 +281,8 @@ def load_training_turns(cfg, tokenizer):
     turns = load_turns(folder / "train.jsonl")
     if no_rs:  # without R_s: continue turns only, and a prompt that never mentions stopping
         turns = [t for t in turns if t["decision"] == "continue"]
+    if not turns:
+        raise InputError(f"{folder / 'train.jsonl'} holds no continue turns, and reward.mode=no_rs trains on nothing else")
     system = load_prompt(cfg.data.prompt_no_stop if no_rs else cfg.data.prompt)
     limits = cfg.rollout.max_prompt_tokens, cfg.data.long_prompts
     train = encode_prompts(tokenizer, system, turns, *limits)
@@ -289,7 +297,7 @@ def main():
     t, run = cfg.train, Path(cfg.run_dir)
     rank, world, device = parallel.start()
     dtype = parallel.compute_dtype(cfg.model.dtype, device)
-    checkpoint.open_run(cfg)
+    checkpoint.open_run(cfg, rank)
     folder = decoder.resolve(cfg.model.path)
     tokenizer = load_tokenizer(folder)
     ends, lexicon = rollout.end_ids(folder, tokenizer), lexicons.load(cfg.data.lexicon)
@@ -303,9 +311,13 @@ def main():
     reference = parallel.load_sharded(folder, device, dtype, trainable=False) if t.kl_coef else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=t.lr, betas=tuple(t.betas), weight_decay=t.weight_decay)
     step, bad, found = 0, 0, checkpoint.all_checkpoints(run / "checkpoints")
+    turns_hash = hashlib.sha256((run / "turns" / "train.jsonl").read_bytes()).hexdigest()
     if found:
         state = checkpoint.load(found[-1], model, optimizer)
         step, bad = state["step"], state["bad_steps"]
+        if state["turns"] != turns_hash:
+            raise InputError(f"{run}/turns/train.jsonl has changed since {found[-1]} was written: bring it back, or start in a "
+                             f"new run_dir")
     else:
         checkpoint.fresh_moments(model, optimizer)
     log = checkpoint.Log(cfg, step, total, rank)
@@ -345,10 +357,11 @@ def main():
                 record |= {"eval": evaluate(), "eval_s": time.perf_counter() - start}
             log.write(record)
             if bad == MAX_BAD_STEPS:
-                raise InputError(f"{bad} steps in a row had a non-finite gradient (last: step {step}); the checkpoint before "
-                                 f"them is kept: lower train.lr and go on from it in a run_dir of its own")
+                raise InputError(f"{bad} steps in a row had a non-finite gradient (last: step {step}): lower train.lr and "
+                                 f"start in a new run_dir (copy turns/ there, and checkpoints/ to go on from the last)")
         if due(t.checkpoint_every, before, step, total):
-            checkpoint.save(run / "checkpoints", step, model, optimizer, {"bad_steps": bad}, t.keep_checkpoints)
+            checkpoint.save(run / "checkpoints", step, model, optimizer, {"bad_steps": bad, "turns": turns_hash},
+                            t.keep_checkpoints)
 
     log.close()
     decoder.export(model, folder, run / "export")

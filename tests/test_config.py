@@ -349,13 +349,13 @@ def test_the_short_run_is_the_same_twice(world, outcomes, tmp_path, monkeypatch)
 
 
 def test_max_rows_bounds_the_rows_decoded_at_once(world, monkeypatch, tmp_path):
-    rows, init = [], rollout.Batch.__init__
+    rows, init = [], rollout.Slots.__init__
 
     def recorded(self, model, B, G, *rest):
         rows.append(B * G)
         init(self, model, B, G, *rest)
 
-    monkeypatch.setattr(rollout.Batch, "__init__", recorded)
+    monkeypatch.setattr(rollout.Slots, "__init__", recorded)
     for limit in (4, 8):
         (tmp_path / str(limit)).mkdir()
         trained(world, tmp_path / str(limit), monkeypatch, [f"rollout.max_rows={limit}"])
