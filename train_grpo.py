@@ -223,7 +223,8 @@ def train_step(model, reference, optimizer, batch, cfg, on_policy, device):
     total = dict(zip(names, parallel.all_sum([sums[n] for n in names], device)))
     n = total["trained_tokens"]
     out = {k: v if k in ("loss", "trained_tokens") else v / n if n else None for k, v in total.items()}
-    out |= {"gap_mean": out.pop("gap") if on_policy else None,
+    gap = out.pop("gap")  # only before the first step after a rollout do both sides have the same weights
+    out |= {"gap_mean": gap if on_policy else None,
             "gap_max": max(parallel.all_gather(worst)) if on_policy and n else None, "grad_norm": norm}
     # null: nothing was computed, or it is not finite (JSON has no NaN)
     out = {k: v if v is not None and math.isfinite(v) else None for k, v in out.items()}

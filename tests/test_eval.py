@@ -3,6 +3,7 @@ import doctest
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import eval as evaluation
-from data import InputError, cli
+from data import InputError, cli, write_jsonl
 
 ROOT = Path(__file__).parents[1]
 
@@ -162,3 +163,89 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
             cli(evaluation.main)
         out, err = capsys.readouterr()
         assert ended.value.code == 2 and says in err and err.count("\n") == 1 and not out
+
+
+# ------------------------------------------------------------------------------------------- a model's figures, and runs
+
+LEXICON = """
+goal: advise
+yes: ["yes"]
+no: ["no"]
+openers: [how]
+generic_questions: ["else"]
+attributes: {duration: {asks: ["how long"], values: {two days: ["two days"]}}}
+complaints: {cough: {cues: ["cough"], attributes: [duration]}}
+"""
+
+
+@pytest.fixture
+def run(tmp_path, tiny_checkpoint):
+    """A run folder with three turns of two sessions, its config's arguments, and no training yet."""
+    (tmp_path / "lexicon.yaml").write_text(LEXICON)
+    opening = {"role": "user", "content": "a cough"}
+    told = [opening, {"role": "assistant", "content": "How long?"}, {"role": "user", "content": "two days"}]
+    turns = [{"turn_id": f"{s}_{i}", "session_id": s, "goal": "advise", "context": c, "expert": None, "target": t, "decision": d}
+             for s, i, c, t, d in (("a", 1, [opening], ["duration: two days"], "continue"), ("a", 2, told, [], "stop"),
+                                   ("b", 1, [opening], ["duration: two days"], "continue"))]
+    write_jsonl(tmp_path / "run" / "turns" / "eval.jsonl", turns)
+    config = tmp_path / "cfg.yaml"
+    config.write_text("rollout: {max_new_tokens: 4, max_rows: 8}\neval: {samples: 3, temperature: 0.7, top_p: 0.9}\n")
+    return tmp_path / "run", [str(config), f"run_dir={tmp_path / 'run'}", f"model.path={tiny_checkpoint}",
+                              f"data.lexicon={tmp_path / 'lexicon.yaml'}"]
+
+
+def call(monkeypatch, *argv):
+    monkeypatch.setattr("sys.argv", ["eval.py", *map(str, argv)])
+    evaluation.main()
+
+
+def test_a_run_that_never_trained_is_its_base_model(run, monkeypatch, capsys, tiny_checkpoint):
+    folder, args = run
+    call(monkeypatch, *args)
+    shown = capsys.readouterr().out
+    assert "temperature 0.7, top-p 0.9" in shown and "greedy" in shown and "95% from" in shown
+    result = json.loads((folder / "eval.json").read_text())
+    graded = evaluation.load_graded(folder / "graded.jsonl")
+    assert result["model"] == str(tiny_checkpoint) and result["n"] == len(graded) == 9 and result["greedy"]["n"] == 3
+    assert [(g["turn_id"], g["sample"]) for g in graded] == [(t, s) for t in ("a_1", "a_2", "b_1") for s in range(3)]
+    assert {k: result[k] for k in evaluation.metrics(graded)} == evaluation.metrics(graded)
+    assert len({g["response"] for g in graded if g["turn_id"] == "a_1"}) == 3  # samples differ from each other ...
+    twins = [[g["response"] for g in graded if g["turn_id"] == t] for t in ("a_1", "b_1")]
+    assert twins[0] != twins[1]  # ... and from those of another turn with the same prompt
+    before = (folder / "graded.jsonl").read_bytes()
+    call(monkeypatch, *args)
+    assert (folder / "graded.jsonl").read_bytes() == before  # the same noise again
+
+
+def test_the_export_is_evaluated_where_there_is_one(run, monkeypatch, make_checkpoint):
+    folder, args = run
+    (folder / "checkpoints").mkdir()
+    with pytest.raises(InputError, match="training has not finished"):
+        call(monkeypatch, *args)
+    shutil.copytree(make_checkpoint("qwen2", seed=5), folder / "export")
+    call(monkeypatch, *args)
+    assert json.loads((folder / "eval.json").read_text())["model"] == str(folder / "export")
+
+
+def test_runs_side_by_side_with_conversations(run, monkeypatch, capsys):
+    folder, args = run
+    call(monkeypatch, *args)
+    other = folder.with_name("other")
+    shutil.copytree(folder, other)
+    capsys.readouterr()
+    call(monkeypatch, "--table", folder, other, "--sessions", 1)
+    shown = capsys.readouterr().out
+    rows = [line.split("|")[1].strip() for line in shown.splitlines() if line.startswith("|")][2:]
+    assert rows == [f"{name}, {how}" for name in ("run", "other") for how in ("temperature 0.7, top-p 0.9", "greedy")]
+    assert shown.count("session a") == 1 and "session b" not in shown
+    assert shown.index("user   | a cough") < shown.index("expert | How long?") < shown.index("user   | two days")
+    assert shown.count("           run: ") == shown.count("           other: ") == 2
+    with pytest.raises(InputError, match="nowhere/eval.json does not exist"):
+        call(monkeypatch, "--table", "nowhere")
+
+
+def test_evaluation_needs_turns(run, monkeypatch):
+    folder, args = run
+    shutil.rmtree(folder / "turns")
+    with pytest.raises(InputError, match="run hindsight.py with this config first"):
+        call(monkeypatch, *args)

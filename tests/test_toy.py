@@ -222,5 +222,5 @@ def test_manners_of_the_base_corpus():
     first = {name: toy.attentive(random.Random(0), {"complaint": name}, {})[1][0] for name in toy.COMPLAINTS}
     assert all(first[name] in toy.open_items(name, {}) for name in first)
     assert sum(first[name] == items[0][0] for name, items in toy.CHECKLISTS.items()) < len(first) / 2
-    known = {"duration": "today", "phlegm": "no", "night": "yes"}
+    known = {"duration": "today", "phlegm": "no", "night": "yes", "smoking": "no"}
     assert toy.attentive(random.Random(0), who, known) == (STOP, [])
