@@ -4,7 +4,10 @@
 
 SEED ?= 0
 PY := .venv/bin/python
-TORCHRUN := OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc_per_node=2
+# The toy is for CPUs: matrices this small lose to a second thread, and would not fill a GPU.
+export OMP_NUM_THREADS := 1
+export CUDA_VISIBLE_DEVICES :=
+TORCHRUN := .venv/bin/torchrun --standalone --nproc_per_node=2
 ROOT := runs/toy$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 # Another seed gets a world and runs of its own; seed 0 is what the configs say.
 with = $(if $(filter-out 0,$(SEED)),seed=$(SEED) run_dir=$(ROOT)/$(1) model.path=$(ROOT)/world/base \
@@ -20,7 +23,7 @@ demo: base grpo
 	@echo "model: $(ROOT)/grpo/export   figures: $(ROOT)/grpo/eval.json, graded.jsonl, metrics.jsonl   logs: $(ROOT)/world"
 
 test: .venv/installed
-	$(PY) -m pytest -q --doctest-modules *.py tests
+	env -u CUDA_VISIBLE_DEVICES $(PY) -m pytest -q --doctest-modules *.py tests
 
 seeds:
 	for seed in 0 1 2; do $(MAKE) base grpo cispo gspo SEED=$$seed || exit 1; done

@@ -123,7 +123,7 @@ class Log:
     """
 
     def __init__(self, cfg, step, total, rank):
-        self.main, self.wandb = rank == 0, None
+        self.main, self.wandb, self.gap = rank == 0, None, None
         if not self.main:
             return
         run = Path(cfg.run_dir)
@@ -149,8 +149,10 @@ class Log:
         if record["step"] == 0:
             return
         self.bar.update(record["step"] - self.bar.n)
-        shown = {"R": "reward", "WA-GH": "wa_gh", "WS": "ws", "len": "length", "gap": "gap_max"}
+        self.gap = record["gap_max"] if record.get("gap_max") is not None else self.gap  # measured once a sync
+        shown = {"R": "reward", "WA-GH": "wa_gh", "WS": "ws", "len": "length"}
         parts = [f"{label} {record[k]:.2g}" for label, k in shown.items() if record.get(k) is not None]
+        parts += [f"gap {self.gap:.1g}"] if self.gap is not None else []
         phases = " ".join(f"{name[:-2]} {record[name]:.1f}" for name in ("rollout_s", "grade_s", "train_s") if name in record)
         self.bar.set_postfix_str(" ".join(parts) + f" | s/step {phases}")
 

@@ -126,7 +126,7 @@ class Wandb:
 @dataclass
 class Config:
     run_dir: str = key("", "everything this experiment writes goes here")
-    seed: int = key(0, "data order and sampling noise", at_least=0)
+    seed: int = key(0, "data order, sampling noise, and which sessions are set aside for validation", at_least=0)
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     hindsight: Hindsight = field(default_factory=Hindsight)
@@ -242,6 +242,9 @@ def _read_yaml(path, seen=()):
     return {**flat, **_flatten(tree, path)}
 
 
+OWN_CLIP = {"grpo": (0.2, 0.2), "gspo": (3e-4, 4e-4)}  # train.clip_low, train.clip_high where they are null
+
+
 def build(flat):
     """Flat {dotted key: value} -> Config, with defaults filled in and the keys checked against each other."""
     cfg = Config()
@@ -251,10 +254,10 @@ def build(flat):
     t = cfg.train
     if t.aggregation == "auto":
         t.aggregation = "sequence" if t.loss == "gspo" else "token"
-    if t.loss != "cispo":
-        own = {"grpo": (0.2, 0.2), "gspo": (3e-4, 4e-4)}[t.loss]
-        t.clip_low = own[0] if t.clip_low is None else t.clip_low
-        t.clip_high = own[1] if t.clip_high is None else t.clip_high
+    if t.loss in OWN_CLIP:
+        low, high = OWN_CLIP[t.loss]
+        t.clip_low = low if t.clip_low is None else t.clip_low
+        t.clip_high = high if t.clip_high is None else t.clip_high
     only = {"clip_low": ("grpo", "gspo"), "clip_high": ("grpo", "gspo"), "dual_clip": ("grpo",),
             "is_floor": ("cispo",), "is_cap": ("cispo",), "cispo_drop": ("cispo",)}
     default = Train()

@@ -19,15 +19,15 @@ class InputError(Exception):
 
 
 def cli(main):
-    """Run main(); an InputError ends the process with one line (rank 0 only) and exit code 2."""
+    """Run main(); an InputError ends the process with one line (once a node under torchrun) and exit code 2."""
     try:
         main()
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last checkpoint")
+        sys.exit("interrupted (a training run goes on from its last checkpoint when started again)")
 
 
 def read_jsonl(path, on_bad=None):
@@ -125,13 +125,28 @@ def load_tokenizer(path):
 
 
 def apply_template(tokenizer, messages):
-    """Messages -> token ids of the chat up to and including the header of the assistant's next turn."""
+    """Messages -> token ids of the chat up to and including the header of the assistant's next turn.
+
+    Dialogue text is data: a special token written out in it is broken up, so that nobody can end a turn by typing
+    <|im_end|>. Thinking is off where a template knows it (Qwen3).
+    """
+    special = [token for token in tokenizer.get_added_vocab() if len(token) > 1]
+
+    def plain(text):
+        for token in special:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    messages = [{"role": m["role"], "content": plain(m["content"])} for m in messages]
     if not tokenizer.chat_template:
         raise InputError(f"the tokenizer at {tokenizer.name_or_path} has no chat template: add chat_template.jinja to it")
     try:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False,
+                                                  enable_thinking=False))
     except Exception as error:  # a template may refuse what it was not written for, with any exception jinja has
-        raise InputError(f"the chat template of {tokenizer.name_or_path} refuses a conversation ({error})") from None
+        start = messages[-1]["content"][:60]
+        raise InputError(f"the chat template of {tokenizer.name_or_path} refuses the conversation that ends with {start!r} "
+                         f"({error}); take a template that allows it, or leave the session out") from None
 
 
 def load_prompt(path):
@@ -153,7 +168,7 @@ def encode_prompt(tokenizer, system, turn):
 
 
 def encode_prompts(tokenizer, system, turns, max_tokens, long_prompts="error"):
-    """Encode every turn; -> (turns kept, their token ids). Prompts over max_tokens: InputError, or dropped."""
+    """Encode every turn; -> (turns kept, their token ids). Prompts over max_tokens: InputError, or left out and reported."""
     kept, prompts, too_long = [], [], []
     for turn in turns:
         ids = encode_prompt(tokenizer, system, turn)
@@ -167,4 +182,6 @@ def encode_prompts(tokenizer, system, turns, max_tokens, long_prompts="error"):
         raise InputError(f"{len(too_long)} of {len(turns)} prompts are longer than rollout.max_prompt_tokens="
                          f"{max_tokens} (turn {turn_id}: {longest} tokens); raise it to {longest}, or set "
                          f"data.long_prompts=drop to leave them out")
+    if too_long and os.environ.get("RANK", "0") == "0":
+        print(f"left out {len(too_long)} of {len(turns)} turns: prompts longer than rollout.max_prompt_tokens={max_tokens}")
     return kept, prompts

@@ -18,6 +18,7 @@ beside wa because the paper's DPO row fits only that reading. A failed grading (
 need it and counted in `failed`. Intervals are bootstrapped by session, as turns of one session are not independent.
 """
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -26,7 +27,9 @@ from pathlib import Path
 
 import numpy as np
 
+import checkpoint
 import config
+import hindsight
 import lexicon
 import model as decoder
 import parallel
@@ -159,6 +162,7 @@ def evaluate(model, tokenizer, turns, prompts, cfg, lex, ends, *, greedy=False, 
     """Sample answers at every turn and grade them (collective). -> flat list of graded records on every rank."""
     how = dict(samples=1, temperature=0) if greedy else dict(
         samples=cfg.eval.samples, temperature=cfg.eval.temperature, top_p=cfg.eval.top_p)
+    cfg = dataclasses.replace(cfg, reward=config.Reward())  # whatever it was trained on: the product, beta 2
     keys = [(1, i) for i in range(len(turns))]  # never the noise of a training rollout, whose keys start with 0
     _, graded, _ = rollout.sample_graded(model, tokenizer, turns, prompts, keys, cfg, lex, ends, desc=desc, leave=leave, **how)
     return [record for group in graded for record in group]
@@ -166,11 +170,11 @@ def evaluate(model, tokenizer, turns, prompts, cfg, lex, ends, *, greedy=False, 
 
 def model_of(cfg):
     """The folder a config's evaluation is about: what it trained, or its base model where it never trained."""
-    run = Path(cfg.run_dir)
+    run, found = Path(cfg.run_dir), checkpoint.all_checkpoints(Path(cfg.run_dir) / "checkpoints")
+    if found and not ((run / "export").is_dir() and (run / "export").stat().st_mtime >= found[-1].stat().st_mtime):
+        raise InputError(f"{run} holds checkpoints newer than its export: training has not finished; run it to the end first")
     if (run / "export").is_dir():
         return run / "export"
-    if (run / "checkpoints").is_dir():
-        raise InputError(f"{run} holds checkpoints but no export: its training has not finished; run it to the end first")
     return decoder.resolve(cfg.model.path)
 
 
@@ -181,6 +185,7 @@ def evaluate_run(cfg):
     path = run / "turns" / "eval.jsonl"
     if not path.is_file():
         raise InputError(f"{path} does not exist: run hindsight.py with this config first (data.eval_logs must be set)")
+    hindsight.check_made(cfg)
     tokenizer = load_tokenizer(folder)
     turns, prompts = encode_prompts(tokenizer, load_prompt(cfg.data.prompt), load_turns(path), cfg.rollout.max_prompt_tokens,
                                     cfg.data.long_prompts)
@@ -229,10 +234,13 @@ def compare(runs, sessions):
 
 def main():
     argv = sys.argv[1:]
+    if argv[:1] in (["-h"], ["--help"]):
+        print(config.help_text(__doc__))
+        return
     if argv and not argv[0].startswith("--"):
         evaluate_run(config.load(argv, __doc__))
         return
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(add_help=False)
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--graded", metavar="FILE", help="graded rollouts, JSONL")
     what.add_argument("--table", metavar="RUN", nargs="+", help="run folders that hold an eval.json")

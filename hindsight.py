@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import config
 import lexicon
-from data import InputError, check_messages, cli, read_jsonl, write_jsonl
+from data import InputError, check_messages, cli, read_jsonl, write_json, write_jsonl
 
 SHOWN = 3  # bad lines quoted per reason; the rest are counted
 
@@ -227,6 +227,23 @@ def split_valid(turns, n, seed):
     return [t for t in turns if t["session_id"] not in taken], [t for t in turns if t["session_id"] in taken]
 
 
+def made_with(cfg):
+    """The config keys that decide what the turns are. They lie beside the turns, and later stages compare (check_made)."""
+    return {name: value for name, value in config.flatten(cfg).items() if name == "seed" or name.startswith("hindsight.")
+            or name in ("data.logs", "data.eval_logs", "data.valid_sessions", "data.goal", "data.lexicon")}
+
+
+def check_made(cfg):
+    """Refuse turns that were made with other keys than this config's (turns made by hand carry no made.json)."""
+    path = Path(cfg.run_dir) / "turns" / "made.json"
+    if path.is_file():
+        made = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in made_with(cfg).items():
+            if made.get(name, value) != value:
+                raise InputError(f"{path.parent} was made with {name}={made[name]!r}, this config has {value!r}: run hindsight.py "
+                                 f"with this config again")
+
+
 def main(argv=None):
     cfg = config.load(sys.argv[1:] if argv is None else argv, __doc__)
     rules = cfg.hindsight.source == "rules"
@@ -248,6 +265,7 @@ def main(argv=None):
         if not files["train"]:
             raise InputError(f"data.valid_sessions={cfg.data.valid_sessions} leaves no session of {cfg.data.logs} to "
                              f"train on; lower it")
+    write_json(Path(cfg.run_dir) / "turns" / "made.json", made_with(cfg))
     for name, turns in files.items():
         path = Path(cfg.run_dir) / "turns" / f"{name}.jsonl"
         if turns:

@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import model as decoder
+from data import InputError
 
 
 def start():
@@ -15,9 +16,10 @@ def start():
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
+        if local >= torch.cuda.device_count():
+            raise InputError(f"process {local} of this node has no GPU of its own ({torch.cuda.device_count()} present): lower "
+                             f"--nproc_per_node, or set CUDA_VISIBLE_DEVICES= to run on the CPU")
         torch.cuda.set_device(device)
-    elif "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread unless OMP_NUM_THREADS is set
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if "RANK" in os.environ:

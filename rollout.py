@@ -111,8 +111,8 @@ class Slots:
         self.uniform = torch.zeros(B * G, max_new, device=device)
         self.tokens = torch.zeros(B * G, max_new, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(B * G, max_new, device=device, dtype=wide(weight[:0]).dtype)
-        self.rows = []  # of each active row: [prompt index, sample, tokens so far], the host's copy
-        self.held = {}  # prompt place -> [prompt index, prompt length, rows still active]
+        self.rows = []  # of each active row: [prompt index, sample, tokens so far, prompt place], the host's copy
+        self.held = {}  # prompt place -> [prompt length, rows still active]
 
     def free_places(self):
         return [p for p in range(len(self.prompt_len)) if p not in self.held]
@@ -136,9 +136,9 @@ class Slots:
         n, m, G = len(self.rows), len(entries), self.G
         new = slice(n, n + m * G)
         for p, i in entries:
-            self.held[p] = [i, len(prompts[i]), G]
+            self.held[p] = [len(prompts[i]), G]
             self.prompt_len[p] = len(prompts[i])
-            self.rows += [[i, g, 0] for g in range(G)]
+            self.rows += [[i, g, 0, p] for g in range(G)]
         self.place[new] = torch.tensor([p * G + g for p, _ in entries for g in range(G)], device=self.device)
         self.length[new] = 0
         self.uniform[new] = torch.tensor(np.stack([noise(i, g) for _, i in entries for g in range(G)]), device=self.device)
@@ -151,7 +151,7 @@ class Slots:
         cached = self.length[:n] - 1  # the last sampled token is not in the cache yet
         T = max(r[2] for r in self.rows)
         B = 1 + max(self.held)
-        P = max(length for _, length, _ in self.held.values())
+        P = max(length for length, _ in self.held.values())
         place, seen = self.place[:n], self.prompt_len[:B]
 
         def attend(layer, q, k, v):
@@ -172,49 +172,48 @@ class Slots:
             r[2] += 1
 
     def retire(self, done):
-        """Take finished rows out and close the gaps. done: indices of active rows -> [(prompt index, sample, tokens, logprobs)]."""
-        at = torch.tensor(done, device=self.device)
-        tokens, logprobs = self.tokens[at].tolist(), self.logprobs[at].tolist()
-        out = []
-        for j, r in enumerate(done):
-            i, g, length = self.rows[r]
-            out.append((i, g, tokens[j][:length], logprobs[j][:length]))
-        for p in [p for p, (i, _, _) in self.held.items()]:
-            self.held[p][2] -= sum(self.rows[r][0] == self.held[p][0] for r in done)
-            if self.held[p][2] == 0:
-                del self.held[p]
+        """Take finished rows out. done: indices of active rows, ascending -> [(prompt index, sample, tokens, logprobs)]."""
+        at, out = torch.tensor(done, device=self.device), []
+        for r, tokens, logprobs in zip(done, self.tokens[at].tolist(), self.logprobs[at].tolist()):
+            i, g, length, place = self.rows[r]
+            out.append((i, g, tokens[:length], logprobs[:length]))
+            self.held[place][1] -= 1
+            if self.held[place][1] == 0:
+                del self.held[place]
         n = len(self.rows) - len(done)
-        gone = set(done)
-        holes = [r for r in done if r < n]
-        tails = [r for r in range(n, len(self.rows)) if r not in gone]
+        holes, tails = [r for r in done if r < n], sorted(set(range(n, len(self.rows))) - set(done))
         if holes:
-            T = max(self.rows[t][2] for t in tails)
-            to, source = torch.tensor(holes, device=self.device), torch.tensor(tails, device=self.device)
-            for cache in (self.own_k, self.own_v):
-                for layer in cache:
-                    layer[to, :, :T] = layer[source, :, :T]
-            for state in (self.place, self.length, self.uniform, self.tokens, self.logprobs):
-                state[to] = state[source]
-            for h, t in zip(holes, tails):
-                self.rows[h] = self.rows[t]
+            self.move(tails, holes)
         del self.rows[n:]
         return out
+
+    def move(self, source, to):
+        """Copy active rows over finished ones, so that the active rows stay together."""
+        T = max(self.rows[r][2] for r in source)
+        for r, hole in zip(source, to):
+            self.rows[hole] = self.rows[r]
+        source, to = torch.tensor(source, device=self.device), torch.tensor(to, device=self.device)
+        for layer in (*self.own_k, *self.own_v):
+            layer[to, :, :T] = layer[source, :, :T]
+        for state in (self.place, self.length, self.uniform, self.tokens, self.logprobs):
+            state[to] = state[source]
 
 
 @torch.no_grad()
 def generate(model, prompts, *, samples, max_new_tokens, temperature, ends, seed, top_p=1.0, keys=None, max_rows=320,
-             bar=None):
+             max_prompts=None, bar=None):
     """Sample G answers to each prompt. -> list (per prompt) of lists (per sample) of Answer.
 
     prompts: lists of token ids; ends: ids that end an answer; keys: a tuple of ints per prompt that names its noise
-    (default: its index); max_rows: answers decoded at once; bar: a tqdm bar that counts finished answers.
+    (default: its index); max_rows: answers decoded at once; max_prompts: prompts held at once
+    (default: what max_rows / samples makes); both bound the KV cache; bar: a tqdm bar that counts finished answers.
     """
     if not prompts:
         return []
     if min(len(p) for p in prompts) == 0:
         raise InputError(f"prompt {[len(p) for p in prompts].index(0)} is empty")
     keys = [(i,) for i in range(len(prompts))] if keys is None else keys
-    B = min(len(prompts), max(1, max_rows // samples))
+    B = min(len(prompts), max(1, max_rows // samples), max_prompts or len(prompts))
     slots = Slots(model, B, samples, max(map(len, prompts)), max_new_tokens)
     end_ids = torch.tensor(sorted(ends), device=slots.device)
     answers = [[None] * samples for _ in prompts]
@@ -280,7 +279,7 @@ def sample_graded(model, tokenizer, turns, prompts, keys, cfg, lexicon, ends, *,
     with decoder.gathered(model), tqdm(total=len(mine) * samples, unit="answer", desc=desc, leave=leave, disable=rank > 0) as bar:
         answers = generate(model, [prompts[i] for i in mine], keys=[keys[i] for i in mine], seed=cfg.seed, samples=samples,
                            temperature=temperature, top_p=top_p, ends=ends, max_new_tokens=cfg.rollout.max_new_tokens,
-                           max_rows=cfg.rollout.max_rows, bar=bar)
+                           max_rows=cfg.rollout.max_rows, max_prompts=max(1, cfg.rollout.max_rows // cfg.rollout.samples), bar=bar)
     sampled = time.perf_counter()
     texts = [[text_of(tokenizer, a, ends) for a in group] for group in answers]
     flat = reward.grade([turns[i] for i in mine], texts, cfg, lexicon)

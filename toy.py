@@ -254,7 +254,7 @@ def open_items(complaint, known):
     """What is still missing, in the expert's order: items unknown whose condition the known answers fulfil.
 
     >>> open_items("cough", {"duration": "today", "phlegm": "no"})
-    ['night']
+    ['night', 'smoking']
     """
     return [slot for slot, on, answers in CHECKLISTS[complaint]
             if slot not in known and (on is None or known.get(on) in answers)]

@@ -27,7 +27,8 @@ import torch
 import checkpoint
 import config
 import eval as evaluation
-import lexicon as lexicons
+import hindsight
+import lexicon
 import model as decoder
 import pack
 import parallel
@@ -67,11 +68,16 @@ def ratio(logp, old):
 # A loss takes logp, old, adv [M] (one advantage per answer, repeated over its tokens), seq [M] (which answer each token
 # belongs to) and the train config; it returns the per-token loss [M] and per-token figures to log [M].
 
+def clipped_surrogate(r, adv, t):
+    """-min(r A, clip(r, 1 - low, 1 + high) A), and where the clip took the gradient away."""
+    loss = -torch.minimum(r * adv, r.clamp(1 - t.clip_low, 1 + t.clip_high) * adv)
+    return loss, ((adv > 0) & (r > 1 + t.clip_high)) | ((adv < 0) & (r < 1 - t.clip_low))
+
+
 def grpo_loss(logp, old, adv, seq, t):
     """-min(r A, clip(r, 1 - low, 1 + high) A), optionally bounded by c A where A < 0 (dual clip, arXiv 1912.09729)."""
     r = ratio(logp, old)
-    loss = -torch.minimum(r * adv, r.clamp(1 - t.clip_low, 1 + t.clip_high) * adv)
-    clipped = ((adv > 0) & (r > 1 + t.clip_high)) | ((adv < 0) & (r < 1 - t.clip_low))
+    loss, clipped = clipped_surrogate(r, adv, t)
     if t.dual_clip:
         clipped = clipped | ((adv < 0) & (r > t.dual_clip))
         loss = torch.where(adv < 0, torch.minimum(loss, -t.dual_clip * adv), loss)
@@ -91,8 +97,7 @@ def cispo_loss(logp, old, adv, seq, t):
 def gspo_loss(logp, old, adv, seq, t):
     """-min(s A, clip(s, 1 - low, 1 + high) A) with s = exp(mean over the answer of logp - old) (arXiv 2507.18071)."""
     s = ratio(sequence_mean(logp - old, seq), 0.0)[seq]
-    loss = -torch.minimum(s * adv, s.clamp(1 - t.clip_low, 1 + t.clip_high) * adv)
-    clipped = ((adv > 0) & (s > 1 + t.clip_high)) | ((adv < 0) & (s < 1 - t.clip_low))
+    loss, clipped = clipped_surrogate(s, adv, t)
     return loss, {"ratio": s, "clip_share": clipped}
 
 
@@ -272,6 +277,10 @@ def due(every, before, after, total):
     return every is not None and (before // every != after // every or after == total)
 
 
+def policy_prompt(cfg):
+    return cfg.data.prompt_no_stop if cfg.reward.mode == "no_rs" else cfg.data.prompt
+
+
 def load_training_turns(cfg, tokenizer):
     """-> (turns, prompts) to train on, and (turns, prompts) for evaluation during training."""
     folder, no_rs = Path(cfg.run_dir) / "turns", cfg.reward.mode == "no_rs"
@@ -279,12 +288,13 @@ def load_training_turns(cfg, tokenizer):
     for path in [folder / "train.jsonl"] + [held_out] * (cfg.train.eval_every is not None):
         if not path.is_file():
             raise InputError(f"{path} does not exist: run hindsight.py with this config first")
+    hindsight.check_made(cfg)
     turns = load_turns(folder / "train.jsonl")
     if no_rs:  # without R_s: continue turns only, and a prompt that never mentions stopping
         turns = [t for t in turns if t["decision"] == "continue"]
     if not turns:
         raise InputError(f"{folder / 'train.jsonl'} holds no continue turns, and reward.mode=no_rs trains on nothing else")
-    system = load_prompt(cfg.data.prompt_no_stop if no_rs else cfg.data.prompt)
+    system = load_prompt(policy_prompt(cfg))
     limits = cfg.rollout.max_prompt_tokens, cfg.data.long_prompts
     train = encode_prompts(tokenizer, system, turns, *limits)
     if cfg.train.eval_every is None:
@@ -301,7 +311,7 @@ def main():
     checkpoint.open_run(cfg, rank)
     folder = decoder.resolve(cfg.model.path)
     tokenizer = load_tokenizer(folder)
-    ends, lexicon = rollout.end_ids(folder, tokenizer), lexicons.load(cfg.data.lexicon)
+    ends, lex = rollout.end_ids(folder, tokenizer), lexicon.load(cfg.data.lexicon)
     (turns, prompts), held_out = load_training_turns(cfg, tokenizer)
     total = t.steps or t.epochs * len(turns) // t.prompts_per_step
     if total == 0:
@@ -312,19 +322,20 @@ def main():
     reference = parallel.load_sharded(folder, device, dtype, trainable=False) if t.kl_coef else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=t.lr, betas=tuple(t.betas), weight_decay=t.weight_decay)
     step, bad, found = 0, 0, checkpoint.all_checkpoints(run / "checkpoints")
-    turns_hash = hashlib.sha256((run / "turns" / "train.jsonl").read_bytes()).hexdigest()
+    sources = [run / "turns" / "train.jsonl", cfg.data.lexicon, policy_prompt(cfg)]
+    inputs = hashlib.sha256(b"".join(Path(p).read_bytes() for p in sources)).hexdigest()
     if found:
         state = checkpoint.load(found[-1], model, optimizer)
         step, bad = state["step"], state["bad_steps"]
-        if state["turns"] != turns_hash:
-            raise InputError(f"{run}/turns/train.jsonl has changed since {found[-1]} was written: bring it back, or start in a "
-                             f"new run_dir")
+        if state["inputs"] != inputs:
+            raise InputError(f"the training turns, the lexicon or the policy prompts have changed since {found[-1]} was written: "
+                             f"bring them back, or start in a new run_dir")
     else:
         checkpoint.fresh_moments(model, optimizer)
     log = checkpoint.Log(cfg, step, total, rank)
 
     def evaluate():
-        records = evaluation.evaluate(model, tokenizer, *held_out, cfg, lexicon, ends)
+        records = evaluation.evaluate(model, tokenizer, *held_out, cfg, lex, ends)
         return evaluation.metrics(records)
 
     if step == 0 and held_out:
@@ -336,7 +347,7 @@ def main():
         indices = stream(len(turns), positions.start, positions.stop, cfg.seed)
         answers, graded, seconds = rollout.sample_graded(
             model, tokenizer, [turns[i] for i in indices], [prompts[i] for i in indices], [(0, p) for p in positions], cfg,
-            lexicon, ends, samples=cfg.rollout.samples, temperature=cfg.rollout.temperature, leave=False)
+            lex, ends, samples=cfg.rollout.samples, temperature=cfg.rollout.temperature, leave=False)
         groups = [Group(prompts[i], a, [math.nan if g["reward"] is None else g["reward"] for g in records])
                   for i, a, records in zip(indices, answers, graded)]
         of_step = [slice(i * t.prompts_per_step, (i + 1) * t.prompts_per_step) for i in range(steps)]
@@ -361,7 +372,7 @@ def main():
                 raise InputError(f"{bad} steps in a row had a non-finite gradient (last: step {step}): lower train.lr and "
                                  f"start in a new run_dir (copy turns/ there, and checkpoints/ to go on from the last)")
         if due(t.checkpoint_every, before, step, total):
-            checkpoint.save(run / "checkpoints", step, model, optimizer, {"bad_steps": bad, "turns": turns_hash},
+            checkpoint.save(run / "checkpoints", step, model, optimizer, {"bad_steps": bad, "inputs": inputs},
                             t.keep_checkpoints)
 
     log.close()

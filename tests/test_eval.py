@@ -2,6 +2,7 @@
 import doctest
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import config
 import eval as evaluation
+import hindsight
 from data import InputError, cli, write_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -219,12 +222,17 @@ def test_a_run_that_never_trained_is_its_base_model(run, monkeypatch, capsys, ti
 
 def test_the_export_is_evaluated_where_there_is_one(run, monkeypatch, make_checkpoint):
     folder, args = run
-    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step_000002").mkdir(parents=True)
+    (folder / "checkpoints" / "step_000002" / "state.json").write_text("{}")
     with pytest.raises(InputError, match="training has not finished"):
         call(monkeypatch, *args)
     shutil.copytree(make_checkpoint("qwen2", seed=5), folder / "export")
+    os.utime(folder / "export")
     call(monkeypatch, *args)
     assert json.loads((folder / "eval.json").read_text())["model"] == str(folder / "export")
+    os.utime(folder / "checkpoints" / "step_000002", (2e9, 2e9))  # training went on after that export
+    with pytest.raises(InputError, match="training has not finished"):
+        call(monkeypatch, *args)
 
 
 def test_runs_side_by_side_with_conversations(run, monkeypatch, capsys):
@@ -249,3 +257,20 @@ def test_evaluation_needs_turns(run, monkeypatch):
     shutil.rmtree(folder / "turns")
     with pytest.raises(InputError, match="run hindsight.py with this config first"):
         call(monkeypatch, *args)
+
+
+def test_evaluation_does_not_depend_on_the_training_reward(run, monkeypatch):
+    folder, args = run
+    call(monkeypatch, *args)
+    plain = (folder / "graded.jsonl").read_bytes()
+    call(monkeypatch, *args, "reward.mode=no_rs", "reward.beta=7", "reward.omega_when_wrong=score")
+    assert (folder / "graded.jsonl").read_bytes() == plain
+
+
+def test_turns_made_with_another_config_are_refused(run, monkeypatch):
+    folder, args = run
+    made = hindsight.made_with(config.load([*args, "hindsight.stop_rule=last_turn"]))
+    write_jsonl(folder / "turns" / "made.json", [made])
+    with pytest.raises(InputError, match="hindsight.stop_rule='last_turn', this config has 'paper'"):
+        call(monkeypatch, *args)
+    call(monkeypatch, *args, "hindsight.stop_rule=last_turn")
