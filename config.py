@@ -103,7 +103,8 @@ class Train:
     steps_per_sync: int = key(1, "optimizer steps taken on rollouts from the same weights", at_least=1)
     epochs: int = key(4, "passes over the training turns", at_least=1)
     steps: typing.Optional[int] = key(None, "train for exactly so many optimizer steps; null: epochs decide", at_least=1)
-    tokens_per_microbatch: int = key(16384, "token budget of one forward pass per rank (one prompt with one answer may exceed it)", at_least=1)
+    tokens_per_microbatch: int = key(16384, "token budget of one forward pass per rank (one prompt with one answer may "
+                                            "exceed it)", at_least=1)
     checkpoint_every: int = key(50, "steps between checkpoints (taken at the next sync boundary)", at_least=1)
     keep_checkpoints: int = key(2, "newest checkpoints kept", at_least=1)
     eval_every: typing.Optional[int] = key(50, "steps between evaluations (at the next sync boundary); null: none",
@@ -152,7 +153,8 @@ FIELDS = dict(flat_fields())
 
 
 def help_text(doc):
-    lines = [(doc or "").strip(), "", "Arguments: a YAML file, then key=value overrides. Every key, its default and what it does:", ""]
+    lines = [(doc or "").strip(), "",
+             "Arguments: a YAML file, then key=value overrides. Every key, its default and what it does:", ""]
     for name, f in FIELDS.items():
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         choices = f.metadata["choices"]
@@ -272,10 +274,9 @@ def build(flat):
         raise InputError(f"train.betas must be two numbers in [0, 1), not {t.betas!r}")
     if not all(isinstance(g, str) for g in cfg.hindsight.generic):
         raise InputError(f"hindsight.generic must be a list of names, not {cfg.hindsight.generic!r}")
-    if cfg.rollout.samples > cfg.rollout.max_rows:
-        raise InputError(f"rollout.max_rows={cfg.rollout.max_rows} cannot hold one group of rollout.samples={cfg.rollout.samples}")
-    if cfg.eval.samples > cfg.rollout.max_rows:
-        raise InputError(f"rollout.max_rows={cfg.rollout.max_rows} cannot hold one group of eval.samples={cfg.eval.samples}")
+    for name, samples in (("rollout.samples", cfg.rollout.samples), ("eval.samples", cfg.eval.samples)):
+        if samples > cfg.rollout.max_rows:
+            raise InputError(f"rollout.max_rows={cfg.rollout.max_rows} cannot hold one group of {name}={samples}")
     if not cfg.run_dir:
         raise InputError("run_dir is not set: name the folder this experiment writes to")
     return cfg

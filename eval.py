@@ -170,11 +170,13 @@ def evaluate(model, tokenizer, turns, prompts, cfg, lex, ends, *, greedy=False, 
 
 def model_of(cfg):
     """The folder a config's evaluation is about: what it trained, or its base model where it never trained."""
-    run, found = Path(cfg.run_dir), checkpoint.all_checkpoints(Path(cfg.run_dir) / "checkpoints")
-    if found and not ((run / "export").is_dir() and (run / "export").stat().st_mtime >= found[-1].stat().st_mtime):
-        raise InputError(f"{run} holds checkpoints newer than its export: training has not finished; run it to the end first")
-    if (run / "export").is_dir():
-        return run / "export"
+    run = Path(cfg.run_dir)
+    export, found = run / "export", checkpoint.all_checkpoints(run / "checkpoints")
+    trained = found[-1].stat().st_mtime if found else 0
+    if export.is_dir() and export.stat().st_mtime >= trained:
+        return export
+    if found or (run / "metrics.jsonl").is_file():
+        raise InputError(f"{run} holds a run that has not come to its end (no export, or an older one): run it to the end first")
     return decoder.resolve(cfg.model.path)
 
 

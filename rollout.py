@@ -267,8 +267,8 @@ def text_of(tokenizer, answer, ends):
     return tokenizer.decode(tokens)
 
 
-def sample_graded(model, tokenizer, turns, prompts, keys, cfg, lexicon, ends, *, samples, temperature, top_p=1.0, desc="rollout",
-                  leave=True):
+def sample_graded(model, tokenizer, turns, prompts, keys, cfg, lexicon, ends, *, samples, temperature, top_p=1.0,
+                  desc="rollout", leave=True):
     """A rollout phase: each rank samples and grades its share of the turns; all get everything (collective).
 
     -> (answers [turn][sample], graded records [turn][sample], seconds of sampling and grading on this rank).
@@ -279,7 +279,8 @@ def sample_graded(model, tokenizer, turns, prompts, keys, cfg, lexicon, ends, *,
     with decoder.gathered(model), tqdm(total=len(mine) * samples, unit="answer", desc=desc, leave=leave, disable=rank > 0) as bar:
         answers = generate(model, [prompts[i] for i in mine], keys=[keys[i] for i in mine], seed=cfg.seed, samples=samples,
                            temperature=temperature, top_p=top_p, ends=ends, max_new_tokens=cfg.rollout.max_new_tokens,
-                           max_rows=cfg.rollout.max_rows, max_prompts=max(1, cfg.rollout.max_rows // cfg.rollout.samples), bar=bar)
+                           max_rows=cfg.rollout.max_rows, bar=bar,
+                           max_prompts=max(1, cfg.rollout.max_rows // cfg.rollout.samples))
     sampled = time.perf_counter()
     texts = [[text_of(tokenizer, a, ends) for a in group] for group in answers]
     flat = reward.grade([turns[i] for i in mine], texts, cfg, lexicon)

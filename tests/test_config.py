@@ -4,7 +4,6 @@ import io
 import json
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 import config
-import eval as evaluation
 import hindsight
-import pack
 import reward
 import rollout
 import train_grpo

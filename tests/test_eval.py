@@ -222,16 +222,20 @@ def test_a_run_that_never_trained_is_its_base_model(run, monkeypatch, capsys, ti
 
 def test_the_export_is_evaluated_where_there_is_one(run, monkeypatch, make_checkpoint):
     folder, args = run
+    (folder / "metrics.jsonl").touch()
+    with pytest.raises(InputError, match="has not come to its end"):
+        call(monkeypatch, *args)
+    (folder / "metrics.jsonl").unlink()
     (folder / "checkpoints" / "step_000002").mkdir(parents=True)
     (folder / "checkpoints" / "step_000002" / "state.json").write_text("{}")
-    with pytest.raises(InputError, match="training has not finished"):
+    with pytest.raises(InputError, match="has not come to its end"):
         call(monkeypatch, *args)
     shutil.copytree(make_checkpoint("qwen2", seed=5), folder / "export")
     os.utime(folder / "export")
     call(monkeypatch, *args)
     assert json.loads((folder / "eval.json").read_text())["model"] == str(folder / "export")
     os.utime(folder / "checkpoints" / "step_000002", (2e9, 2e9))  # training went on after that export
-    with pytest.raises(InputError, match="training has not finished"):
+    with pytest.raises(InputError, match="has not come to its end"):
         call(monkeypatch, *args)
 
 
