@@ -8,6 +8,8 @@ with a Qwen2 model of about half a million parameters. A rerun with the same see
 
 What is in it. Each complaint has an ordered checklist whose later items depend on the answers so far; the expert asks
 the first item still open and stops when none is, so the right decision is a function of the conversation's content.
+As in messenger logs of real experts, not every utterance is one good question: in between they make small talk, ask
+"Anything else?", or two things at once (INTERLUDES). Cloning them copies that; the users' answers tell what mattered.
 The base plays the paper's instruct model: fluent, without a strategy, hardly ever stopping. Under the policy's prompt
 each of its training turns draws a manner of its own (MANNERS): only the "attentive" minority asks for an open item,
 in an arbitrary order, or stops when none is left. Under other system prompts it practises what a large model brings
@@ -219,6 +221,10 @@ DIGRESSIONS = ["Will it go away soon?", "Do you sell vitamins?", "My neighbour i
                "I hope you can help me", "My friend had a fever last month", "My phone rang", "How much is that?"]
 LEADS = ["Okay, ", "I see, ", "Thanks, ", "Alright, ", "Thank you, "]
 ASIDES = ["Okay.", "I see.", "Thank you.", "Let me help you."]
+INTERLUDES = ["One moment, please.", "Sorry, the connection was gone.", "I am looking it up.", "Sure, I am with you.",
+              "That happens a lot these days.", "Let me write that down.", "I just had another customer."]
+GENERIC_QUESTIONS = ["Anything else?", "Do you have any other symptoms?", "Can you tell me more?",
+                     "Is there anything else I should know?", "What else can you tell me?"]
 CLOSINGS = ["Take these tablets twice a day.", "I recommend this syrup.", "Try this cream for some days.",
             "Please see a doctor about that.", "Drink plenty of water and rest.", "These drops will help.",
             "I will give you a mild remedy.", "Use this spray every evening."]
@@ -370,12 +376,21 @@ def session(seed, split, number):
     hear(opening(rng, who, volunteer(rng, who, {}, rng.choices([0, 1, 2], [50, 35, 15])[0])))
     patience = rng.randint(1, 2) if rng.random() < 0.06 else 99  # a few users leave early,
     unanswered = patience == 99 and rng.random() < 0.015         # or never answer the last question
+    idle = False  # the expert's last utterance was no question about an item
     while missing := open_items(who["complaint"], known):
         if patience == 0:
             hear(utterance(rng, who, [(rng.choice(PARTING), {})]))
             break
         patience -= 1
-        asks = missing[:2] if len(missing) > 1 and rng.random() < 0.06 else missing[:1]
+        idle = not idle and rng.random() < 0.24
+        if idle:
+            generic = rng.random() < 0.4
+            messages.append(assistant(rng.choice(GENERIC_QUESTIONS if generic else INTERLUDES)))
+            told = volunteer(rng, who, known, 1) if rng.random() < (0.5 if generic else 0.2) else []
+            hear(answer(rng, who, [], told) if told else
+                 utterance(rng, who, [(rng.choice(NO if generic else DIGRESSIONS + SMALL_TALK), {})]))
+            continue
+        asks = missing[:2] if len(missing) > 1 and rng.random() < 0.15 else missing[:1]
         if rng.random() < 0.06:
             messages.append(assistant(rng.choice(ASIDES)))
         messages.append(assistant(question(rng, asks), asks))
@@ -423,8 +438,6 @@ def lexicon():
 
 # The manner of each assistant turn under the policy's prompt, drawn anew for each turn, and its share.
 MANNERS = {"attentive": 0.27, "random": 0.32, "generic": 0.15, "double": 0.10, "chatter": 0.15, "stop": 0.01}
-GENERIC_QUESTIONS = ["Anything else?", "Do you have any other symptoms?", "Can you tell me more?",
-                     "Is there anything else I should know?", "What else can you tell me?"]
 CHATTER = CLOSINGS + ["Do not worry, it will pass.", "That is quite common.", "Thank you for telling me."]
 HASTY_LEADS = ["Well, ", "So, ", "Now, "]
 ATTENTIVE = "Ask for what is missing, else stop."  # the other system prompts: always attentive,

@@ -121,12 +121,13 @@ def test_the_content_decides_when_to_stop(sessions):
             continue
         utts = hindsight.utterances(s["messages"])
         facts = hindsight.extract_annotations(utts)
+        unanswered = toy.open_items(s["diagn"], dict(item.split(": ") for items in facts for item in items))
         for turn in hindsight.build_turns(s, hindsight.extract_annotations, generic=GENERIC)[0]:
             known = dict(item.split(": ") for items in facts[:len(turn["context"])] for item in items)
             missing = toy.open_items(s["diagn"], known)
             turns += 1
             right += (turn["decision"] == "stop") == (not missing)
-            assert turn["decision"] == "stop" or {item.split(": ")[0] for item in turn["target"]} & set(missing)
+            assert unanswered or turn["decision"] == "stop" or {item.split(": ")[0] for item in turn["target"]} & set(missing)
     assert turns > 5000 and right / turns > 0.995, right / turns  # the rest: the last question was never answered
 
 
