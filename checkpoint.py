@@ -150,7 +150,8 @@ class Log:
             return
         self.bar.update(record["step"] - self.bar.n)
         self.gap = record["gap_max"] if record.get("gap_max") is not None else self.gap  # measured once a sync
-        shown = {"R": "reward", "WA-GH": "wa_gh", "WS": "ws", "len": "length"}
+        shown = {"R": "reward", "WA-GH": "wa_gh", "WS": "ws", "len": "length"} if "reward" in record else \
+            {"loss": "loss", "accuracy": "accuracy", "margin": "margin"}
         parts = [f"{label} {record[k]:.2g}" for label, k in shown.items() if record.get(k) is not None]
         parts += [f"gap {self.gap:.1g}"] if self.gap is not None else []
         phases = " ".join(f"{name[:-2]} {record[name]:.1f}" for name in ("rollout_s", "grade_s", "train_s") if name in record)

@@ -75,7 +75,8 @@ class Rollout:
 
 @dataclass
 class Train:
-    loss: str = key("grpo", "policy loss", choices=("grpo", "cispo", "gspo"))
+    loss: str = key("grpo", "grpo, cispo, gspo, or x for a function x_loss of your own in train_grpo.py; sft and dpo are "
+                            "train_sft.py's and train_dpo.py's")
     advantage: str = key("std", "std: (R - mean) / (std + 1e-6) in the group; mean: centred only (Dr.GRPO)",
                          choices=("std", "mean"))
     aggregation: str = key("auto", "token mean, mean of sequence means, or a constant length (rollout.max_new_tokens); "
@@ -90,6 +91,7 @@ class Train:
     is_cap: float = key(1.28, "cispo: largest weight, absolute", above=0)
     cispo_drop: bool = key(False, "cispo: also drop tokens with A > 0 and ratio > is_cap (the reference release does)")
     tis_cap: typing.Optional[float] = key(None, "cap of the sampler/trainer importance weight; null: off", above=0)
+    dpo_beta: float = key(0.1, "dpo: how strongly the policy is held to the base model", above=0)
     kl_coef: float = key(0.0, "weight of the KL to the base model; 0 loads no reference", at_least=0)
     kl: str = key("k2", "KL estimator used as a loss where kl_coef > 0", choices=("k2", "k3"))
     entropy_coef: float = key(0.0, "weight of the entropy bonus", at_least=0)
@@ -102,7 +104,8 @@ class Train:
     prompts_per_step: int = key(64, "groups per optimizer step", at_least=1)
     steps_per_sync: int = key(1, "optimizer steps taken on rollouts from the same weights", at_least=1)
     epochs: int = key(4, "passes over the training turns", at_least=1)
-    steps: typing.Optional[int] = key(None, "train for exactly so many optimizer steps; null: epochs decide", at_least=1)
+    steps: typing.Optional[int] = key(None, "train for exactly so many optimizer steps; null: epochs decide; 0: a row that is "
+                                            "only evaluated", at_least=0)
     tokens_per_microbatch: int = key(16384, "token budget of one forward pass per rank (one prompt with one answer may "
                                             "exceed it)", at_least=1)
     checkpoint_every: int = key(50, "steps between checkpoints (taken at the next sync boundary)", at_least=1)
@@ -222,7 +225,7 @@ def _coerce(name, value, where):
 
 
 def _read_yaml(path, seen=()):
-    """One YAML file and all it inherits by `base:` (a path beside the file) -> flat {dotted key: value}."""
+    """One YAML file and all it inherits by `base:` (paths beside the file; later ones win) -> flat {dotted key: value}."""
     path = Path(path)
     if path.resolve() in seen:
         raise InputError(f"{path}: 'base:' leads back to itself")
@@ -237,14 +240,22 @@ def _read_yaml(path, seen=()):
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a config is a mapping of keys, not {type(tree).__name__}")
-    base = tree.pop("base", None)
-    if base is not None and not isinstance(base, str):
-        raise InputError(f"{path}: base must be the path of another config, not {base!r}")
-    flat = _read_yaml(path.parent / base, seen + (path.resolve(),)) if base else {}
+    bases = tree.pop("base", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(b, str) for b in bases):
+        raise InputError(f"{path}: base must be the path of another config, or a list of them, not {bases!r}")
+    flat = {}
+    for base in bases:
+        flat |= _read_yaml(path.parent / base, seen + (path.resolve(),))
     return {**flat, **_flatten(tree, path)}
 
 
 OWN_CLIP = {"grpo": (0.2, 0.2), "gspo": (3e-4, 4e-4)}  # train.clip_low, train.clip_high where they are null
+_CISPO = ["train.is_floor", "train.is_cap", "train.cispo_drop"]
+_RL = ["train.clip_low", "train.clip_high", "train.dual_clip", *_CISPO, "train.advantage", "train.aggregation", "train.tis_cap",
+       "train.kl_coef", "train.kl", "train.entropy_coef", "train.steps_per_sync", "reward.mode", "reward.beta", "reward.omega_when_wrong"]
+UNREAD = {"grpo": [*_CISPO, "train.dpo_beta"], "gspo": [*_CISPO, "train.dpo_beta", "train.dual_clip"], "sft": [*_RL, "train.dpo_beta"],
+          "cispo": ["train.clip_low", "train.clip_high", "train.dual_clip", "train.dpo_beta"], "dpo": _RL}
 
 
 def build(flat):
@@ -254,18 +265,17 @@ def build(flat):
         *section, leaf = name.split(".")
         setattr(getattr(cfg, section[0]) if section else cfg, leaf, value)
     t = cfg.train
-    if t.aggregation == "auto":
+    if t.loss in UNREAD:  # a key that this loss never reads must not be set in vain; a loss of your own may read any
+        default = flatten(Config())
+        for name, value in flatten(cfg).items():
+            if name in UNREAD[t.loss] and value != default[name]:
+                raise InputError(f"{name} has no effect with train.loss={t.loss}; remove it")
+    if t.aggregation == "auto" and t.loss not in ("sft", "dpo"):
         t.aggregation = "sequence" if t.loss == "gspo" else "token"
     if t.loss in OWN_CLIP:
         low, high = OWN_CLIP[t.loss]
         t.clip_low = low if t.clip_low is None else t.clip_low
         t.clip_high = high if t.clip_high is None else t.clip_high
-    only = {"clip_low": ("grpo", "gspo"), "clip_high": ("grpo", "gspo"), "dual_clip": ("grpo",),
-            "is_floor": ("cispo",), "is_cap": ("cispo",), "cispo_drop": ("cispo",)}
-    default = Train()
-    for name, losses in only.items():  # a key the chosen loss never reads must not be set in vain
-        if t.loss not in losses and getattr(t, name) != getattr(default, name):
-            raise InputError(f"train.{name} has no effect with train.loss={t.loss} (only with {', '.join(losses)}); remove it")
     if cfg.reward.mode == "sum" and cfg.reward.beta != Reward().beta:
         raise InputError("reward.beta has no effect with reward.mode=sum, which is the product with beta 1; remove it")
     if t.is_floor > t.is_cap:

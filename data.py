@@ -124,20 +124,19 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def apply_template(tokenizer, messages):
-    """Messages -> token ids of the chat up to and including the header of the assistant's next turn.
-
-    Dialogue text is data: a special token written out in it is broken up, so that nobody can end a turn by typing
-    <|im_end|>. Thinking is off where a template knows it (Qwen3).
-    """
-    special = [token for token in tokenizer.get_added_vocab() if len(token) > 1]
-
-    def plain(text):
-        for token in special:
+def plain(tokenizer, text):
+    """Dialogue text is data: a special token written out in it is broken up, so that nobody can end a turn by typing
+    <|im_end|>."""
+    for token in tokenizer.get_added_vocab():
+        if len(token) > 1:
             text = text.replace(token, f"{token[0]} {token[1:]}")
-        return text
+    return text
 
-    messages = [{"role": m["role"], "content": plain(m["content"])} for m in messages]
+
+def apply_template(tokenizer, messages):
+    """Messages -> token ids of the chat up to and including the header of the assistant's next turn. Thinking is off
+    where a template knows it (Qwen3)."""
+    messages = [{"role": m["role"], "content": plain(tokenizer, m["content"])} for m in messages]
     if not tokenizer.chat_template:
         raise InputError(f"the tokenizer at {tokenizer.name_or_path} has no chat template: add chat_template.jinja to it")
     try:
@@ -185,3 +184,20 @@ def encode_prompts(tokenizer, system, turns, max_tokens, long_prompts="error"):
     if too_long and os.environ.get("RANK", "0") == "0":
         print(f"left out {len(too_long)} of {len(turns)} turns: prompts longer than rollout.max_prompt_tokens={max_tokens}")
     return kept, prompts
+
+
+def expert_answer(turn):
+    """What the expert did at a turn, in the policy's words: the next utterance, or <stop />."""
+    if turn["decision"] == "stop":
+        return STOP
+    text = turn.get("expert")
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"turn {turn['turn_id']}: a continue turn whose 'expert' is missing or empty cannot be imitated")
+    return text.strip()
+
+
+def encode_answer(tokenizer, text):
+    """An answer to learn from -> token ids, the end token included (without it a model would never learn to end)."""
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer at {tokenizer.name_or_path} names no eos_token: add it to tokenizer_config.json")
+    return [*tokenizer(plain(tokenizer, text), add_special_tokens=False).input_ids, tokenizer.eos_token_id]

@@ -2,7 +2,7 @@
 
     python eval.py cfg.yaml [key=value ...]           # sample and grade the held-out turns (also under torchrun)
     python eval.py --graded FILE                      # the table with 95% intervals; last line: one JSON object
-    python eval.py --table RUN [RUN ...] [--sessions 3]   # runs side by side, and conversations turn by turn
+    python eval.py --table RUN [RUN ...] [--sessions 3]   # runs beside the paper's Table 1, and conversations turn by turn
 
 The first form evaluates run_dir/export, or model.path (the Base row) where the run never trained, always with the prompt
 that mentions stopping, and writes graded.jsonl (sampled), graded_greedy.jsonl and eval.json. Decoding matters (greedy alone
@@ -74,23 +74,34 @@ def metrics(graded):
             "top_share": max(said.values()) / said.total() if said else None, "distinct": len(said)}
 
 
-def intervals(graded, n_boot=2000, seed=0):
-    """95% bootstrap intervals, whole sessions drawn with replacement -> {metric: [low, high] or None}."""
+def by_session(graded):
+    """-> (sessions [S] in order, their sums [S, K], how many rollouts these sum up [S, K])."""
     scores = score_matrix(graded)
-    if not len(scores):
-        return dict.fromkeys(MEANS)
-    _, session = np.unique([g["turn_id"].rpartition("_")[0] for g in graded], return_inverse=True)
-    n = session.max() + 1
-    sums, counts = np.zeros((n, len(MEANS))), np.zeros((n, len(MEANS)))  # [S, K]
+    names, session = np.unique([g["turn_id"].rpartition("_")[0] for g in graded], return_inverse=True)
+    sums, counts = np.zeros((len(names), len(MEANS))), np.zeros((len(names), len(MEANS)))
     np.add.at(sums, session, np.nan_to_num(scores))
     np.add.at(counts, session, ~np.isnan(scores))
-    rng, means = np.random.default_rng(seed), []
+    return names, sums, counts
+
+
+def bootstrap(parts, n_boot=2000, seed=0):
+    """parts: (sums [S, K], counts [S, K]) over the same S sessions. Whole sessions are drawn with replacement, the same for
+    every part -> for each its means [n_boot, K], NaN where nothing was drawn that counts."""
+    n = len(parts[0][0])
+    rng, means = np.random.default_rng(seed), [[] for _ in parts]
     for start in range(0, n_boot, 200):  # in blocks, so that many sessions fit in memory
         times = rng.multinomial(n, np.full(n, 1 / n), size=min(200, n_boot - start))  # [block, S]
         with np.errstate(invalid="ignore"):
-            means.append(times @ sums / (times @ counts))
-    means = np.concatenate(means)  # [n_boot, K]
-    out = {}
+            for out, (sums, counts) in zip(means, parts):
+                out.append(times @ sums / (times @ counts))
+    return [np.concatenate(blocks) for blocks in means]
+
+
+def intervals(graded, n_boot=2000, seed=0):
+    """95% bootstrap intervals, whole sessions drawn with replacement -> {metric: [low, high] or None}."""
+    if not graded:
+        return dict.fromkeys(MEANS)
+    means, out = bootstrap([by_session(graded)[1:]], n_boot, seed)[0], {}
     for k, name in enumerate(MEANS):
         drawn = means[~np.isnan(means[:, k]), k]
         out[name] = [float(q) for q in np.quantile(drawn, (0.025, 0.975))] if len(drawn) else None
@@ -181,6 +192,7 @@ def model_of(cfg):
 
 
 def evaluate_run(cfg):
+    import report  # which reads this module
     config.need(cfg, "model.path", "data.lexicon")
     rank, _, device = parallel.start()
     run, folder, lex = Path(cfg.run_dir), model_of(cfg), lexicon.load(cfg.data.lexicon)
@@ -202,23 +214,15 @@ def evaluate_run(cfg):
         write_jsonl(run / "graded.jsonl", sampled)
         write_jsonl(run / "graded_greedy.jsonl", greedy)
         write_json(run / "eval.json", summary)
-        print(f"wrote {run / 'eval.json'}, {run / 'graded.jsonl'}, {run / 'graded_greedy.jsonl'}")
+        print(f"wrote {run / 'eval.json'}, {run / 'graded.jsonl'}, {run / 'graded_greedy.jsonl'}, {report.write([run])}")
     parallel.stop()
 
 
-def compare(runs, sessions):
-    """Print the runs' tables, sampled and greedy, and the first held-out sessions with what each run answered."""
-    results = {}
-    for run in map(Path, runs):
-        if not (run / "eval.json").is_file():
-            raise InputError(f"{run}/eval.json does not exist: run eval.py with that run's config first")
-        results[run.name if run.name not in results else str(run)] = json.loads((run / "eval.json").read_text("utf-8"))
-    print(table({f"{name}, {how}": result if how == result["decoding"] else result["greedy"]
-                 for name, result in results.items() for how in (result["decoding"], "greedy")}))
-    if not sessions:
-        return
+def show_sessions(runs, sessions):
+    """Print the first held-out sessions with what each run answered at every turn."""
+    names = [Path(run).name if [Path(r).name for r in runs].count(Path(run).name) == 1 else str(run) for run in runs]
     said = {name: {g["turn_id"]: g for g in load_graded(Path(run) / "graded.jsonl") if g.get("sample") == 0}
-            for name, run in zip(results, runs)}
+            for name, run in zip(names, runs)}
     turns = load_turns(Path(runs[0]) / "turns" / "eval.jsonl")
     for session in list(dict.fromkeys(t["session_id"] for t in turns))[:sessions]:
         print(f"\n--- session {session}: first sample of each run at every turn of the held-out log")
@@ -249,7 +253,10 @@ def main():
     p.add_argument("--sessions", type=int, default=0, help="with --table: show so many held-out conversations")
     a = p.parse_args(argv)
     if a.table:
-        compare(a.table, a.sessions)
+        import table1  # which reads this module
+        table1.view(a.table)
+        if a.sessions:
+            show_sessions(a.table, a.sessions)
         return
     summary = summarise(load_graded(a.graded))
     print(table({a.graded: summary, **bounds(summary)}))

@@ -101,8 +101,8 @@ def balance(trees, world, budget):
     """Share trees over ranks by tokens and bin them to the budget. -> [world][n] lists of trees, n the same on all ranks.
 
     Ranks with less to do get empty micro-batches; there is always at least one, so that every rank makes a backward pass.
+    A tree over the budget gets a micro-batch to itself: split it before (split_tree) where its answers may be parted.
     """
-    trees = [part for tree in trees for part in split_tree(tree, budget)]
     ranks, load = [[] for _ in range(world)], [0] * world
     for tree in sorted(trees, key=Tree.size, reverse=True):  # the largest first, to the rank with the least so far
         r = load.index(min(load))

@@ -1,19 +1,18 @@
 """Policy optimisation of Learn-to-Ask (arXiv 2510.25441): GRPO, CISPO and GSPO on hindsight turns.
 
-    torchrun --nproc_per_node=8 train_grpo.py configs/grpo_7b.yaml [key=value ...]      (python train_grpo.py: one process)
+    torchrun --nproc_per_node=8 train_grpo.py configs/table1/7b/grpo.yaml [key=value ...]   (python train_grpo.py: one process)
 
 Each phase samples G answers to the prompts of the next `steps_per_sync` steps from the current weights, grades them
 against the turns' (I*, s*), and takes one optimizer step on each step's prompts. With steps_per_sync > 1 the later steps
 are off-policy, which is where the three losses part; with steps_per_sync = 1 the ratio is exactly 1, no clip ever acts,
 and they differ by aggregation alone. The reference release syncs every 10 steps, and so do the Table 1 presets.
 
-To change the loss, change the function; to add one, write it beside the others and name it in LOSSES.
+To change the loss, change the function; to add one, write name_loss beside the others and set train.loss: name.
 Departures: old log-probs are the sampler's own (no second pass); groups whose advantages are all zero are not computed
 where nothing else (KL, entropy) needs them, but their tokens still count in the denominator.
 
 Letters: B groups, G samples, M answer tokens of a micro-batch, S its answers, V vocabulary.
 """
-import hashlib
 import math
 import sys
 import time
@@ -21,19 +20,15 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-import checkpoint
 import config
 import eval as evaluation
-import hindsight
-import lexicon
-import model as decoder
 import pack
 import parallel
 import rollout
-from data import InputError, cli, encode_prompts, load_prompt, load_tokenizer, load_turns
+import training
+from data import InputError, cli
 
 
 # ----------------------------------------------------------------------------------------------- advantages and losses
@@ -101,7 +96,7 @@ def gspo_loss(logp, old, adv, seq, t):
     return loss, {"ratio": s, "clip_share": clipped}
 
 
-LOSSES = {"grpo": grpo_loss, "cispo": cispo_loss, "gspo": gspo_loss}
+LOSSES = {name[:-5]: f for name, f in globals().items() if name.endswith("_loss")}  # train.loss: x is the function x_loss
 
 
 def kl_estimate(logp, ref, kind):
@@ -169,7 +164,8 @@ def prepare(groups, cfg, rank, world, device, dtype=torch.float32):
             trees.append(pack.Tree(group.prompt, [group.answers[g].tokens for g in valid], [(b, g) for g in valid]))
         else:
             skipped += 1
-    packed = [pack.pack(bin, device) for bin in pack.balance(trees, world, t.tokens_per_microbatch)[rank]]
+    parts = [part for tree in trees for part in pack.split_tree(tree, t.tokens_per_microbatch)]
+    packed = [pack.pack(bin, device) for bin in pack.balance(parts, world, t.tokens_per_microbatch)[rank]]
 
     def per_token(values):  # one list of values per answer, or one value per answer -> [M]
         return [torch.tensor([v for b, g in p.index for v in values(b, g)] or [0.0], device=device, dtype=dtype) for p in packed]
@@ -179,15 +175,15 @@ def prepare(groups, cfg, rank, world, device, dtype=torch.float32):
     return Batch(packed, list(sampled), sampled, per_answer, max(tokens, 1), max(answers, 1), skipped, len(groups))
 
 
-def train_step(model, reference, optimizer, batch, cfg, on_policy, device):
+def train_step(run, reference, batch, on_policy):
     """One optimizer step on this rank's micro-batches. -> dict of global figures (sums over all tokens of the step).
 
     on_policy: no step was taken since the rollout; then old is the detached current log-prob where a sync brings a single
     step (the ratio is exactly 1), and the sampler/trainer gap is measured.
     """
-    t = cfg.train
+    model, cfg, t = run.model, run.cfg, run.cfg.train
     sums, worst = defaultdict(float), 0.0
-    optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=True)
     for packed, old, sampled, adv in zip(batch.packed, batch.old, batch.sampled, batch.adv):
         logp, entropy = pack.logprobs(model, packed, cfg.rollout.temperature, entropy=t.entropy_coef > 0)
         if not packed.index:  # a dummy keeps FSDP's collectives paired
@@ -218,42 +214,17 @@ def train_step(model, reference, optimizer, batch, cfg, on_policy, device):
             for name, value in {**figures, "entropy": entropy, "gap": gap}.items():
                 sums[name] += value.sum().item()
 
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), t.grad_clip)
-    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-    finite = math.isfinite(norm)
-    if finite:
-        optimizer.step()
-
+    stepped = training.optimizer_step(run)
     names = ["loss", "trained_tokens", "ratio", "clip_share", "entropy", "gap"] + ["kl"] * (reference is not None)
-    total = dict(zip(names, parallel.all_sum([sums[n] for n in names], device)))
+    total = dict(zip(names, parallel.all_sum([sums[n] for n in names], run.device)))
     n = total["trained_tokens"]
     out = {k: v if k in ("loss", "trained_tokens") else v / n if n else None for k, v in total.items()}
     gap = out.pop("gap")  # only before the first step after a rollout do both sides have the same weights
-    out |= {"gap_mean": gap if on_policy else None,
-            "gap_max": max(parallel.all_gather(worst)) if on_policy and n else None, "grad_norm": norm}
-    # null: nothing was computed, or it is not finite (JSON has no NaN)
-    out = {k: v if v is not None and math.isfinite(v) else None for k, v in out.items()}
-    return out | {"finite": finite, "skipped_groups": batch.skipped / batch.groups}
-
-
-def lr_at(step, total, t):
-    """Learning rate of step 0 .. total - 1: linear warm-up, then constant, linear or cosine to zero."""
-    if step < t.warmup_steps:
-        return t.lr * (step + 1) / t.warmup_steps
-    done = (step - t.warmup_steps) / max(1, total - t.warmup_steps)
-    return t.lr * {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[t.schedule]
+    return {**out, "gap_mean": gap if on_policy else None, "gap_max": max(parallel.all_gather(worst)) if on_policy and n else None,
+            **stepped, "skipped_groups": batch.skipped / batch.groups}
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
-
-MAX_BAD_STEPS = 5  # steps in a row without a finite gradient
-
-
-def stream(n, start, stop, seed):
-    """Turn indices at positions start .. stop - 1 of the endless stream of shuffled epochs."""
-    order = {e: np.random.default_rng([seed, 2, e]).permutation(n) for e in range(start // n, (stop - 1) // n + 1)}
-    return [int(order[i // n][i % n]) for i in range(start, stop)]
-
 
 def rescore(model, batches, cfg):
     """Old log-probs as the trainer computes them, at the weights the rollouts came from (for the importance weight)."""
@@ -273,113 +244,39 @@ def figures_of(graded, groups):
             "cut_off": sum(a.finish == "length" for a in answers) / len(answers)}
 
 
-def due(every, before, after, total):
-    return every is not None and (before // every != after // every or after == total)
-
-
-def policy_prompt(cfg):
-    return cfg.data.prompt_no_stop if cfg.reward.mode == "no_rs" else cfg.data.prompt
-
-
-def load_training_turns(cfg, tokenizer):
-    """-> (turns, prompts) to train on, and (turns, prompts) for evaluation during training."""
-    folder, no_rs = Path(cfg.run_dir) / "turns", cfg.reward.mode == "no_rs"
-    held_out = folder / ("valid.jsonl" if cfg.data.valid_sessions else "eval.jsonl")
-    for path in [folder / "train.jsonl"] + [held_out] * (cfg.train.eval_every is not None):
-        if not path.is_file():
-            raise InputError(f"{path} does not exist: run hindsight.py with this config first")
-    hindsight.check_made(cfg)
-    turns = load_turns(folder / "train.jsonl")
-    if no_rs:  # without R_s: continue turns only, and a prompt that never mentions stopping
-        turns = [t for t in turns if t["decision"] == "continue"]
-    if not turns:
-        raise InputError(f"{folder / 'train.jsonl'} holds no continue turns, and reward.mode=no_rs trains on nothing else")
-    system = load_prompt(policy_prompt(cfg))
-    limits = cfg.rollout.max_prompt_tokens, cfg.data.long_prompts
-    train = encode_prompts(tokenizer, system, turns, *limits)
-    if cfg.train.eval_every is None:
-        return train, None
-    return train, encode_prompts(tokenizer, load_prompt(cfg.data.prompt), load_turns(held_out), *limits)
-
-
 def main():
     cfg = config.load(sys.argv[1:], __doc__)
-    config.need(cfg, "model.path", "data.lexicon")
-    t, run = cfg.train, Path(cfg.run_dir)
-    rank, world, device = parallel.start()
-    dtype = parallel.compute_dtype(cfg.model.dtype, device)
-    checkpoint.open_run(cfg, rank)
-    folder = decoder.resolve(cfg.model.path)
-    tokenizer = load_tokenizer(folder)
-    ends, lex = rollout.end_ids(folder, tokenizer), lexicon.load(cfg.data.lexicon)
-    (turns, prompts), held_out = load_training_turns(cfg, tokenizer)
-    total = t.steps or t.epochs * len(turns) // t.prompts_per_step
-    if total == 0:
-        raise InputError(f"{len(turns)} turns x {t.epochs} epochs do not fill one step of train.prompts_per_step="
-                         f"{t.prompts_per_step}")
-
-    model = parallel.load_sharded(folder, device, dtype)
-    reference = parallel.load_sharded(folder, device, dtype, trainable=False) if t.kl_coef else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=t.lr, betas=tuple(t.betas), weight_decay=t.weight_decay)
-    step, bad, found = 0, 0, checkpoint.all_checkpoints(run / "checkpoints")
-    sources = [run / "turns" / "train.jsonl", cfg.data.lexicon, policy_prompt(cfg)]
-    inputs = hashlib.sha256(b"".join(Path(p).read_bytes() for p in sources)).hexdigest()
-    if found:
-        state = checkpoint.load(found[-1], model, optimizer)
-        step, bad = state["step"], state["bad_steps"]
-        if state["inputs"] != inputs:
-            raise InputError(f"the training turns, the lexicon or the policy prompts have changed since {found[-1]} was written: "
-                             f"bring them back, or start in a new run_dir")
-    else:
-        checkpoint.fresh_moments(model, optimizer)
-    log = checkpoint.Log(cfg, step, total, rank)
-
-    def evaluate():
-        records = evaluation.evaluate(model, tokenizer, *held_out, cfg, lex, ends)
-        return evaluation.metrics(records)
-
-    if step == 0 and held_out:
-        log.write({"step": 0, "eval": evaluate()})
-    while step < total:
+    t = cfg.train
+    run = training.start(cfg, "train_grpo.py")
+    if t.loss not in LOSSES:
+        raise InputError(f"train.loss={t.loss}: train_grpo.py has no function {t.loss}_loss (it has {', '.join(LOSSES)}; sft and "
+                         f"dpo are train_sft.py's and train_dpo.py's)")
+    turns, prompts = training.training_turns(cfg, run.tokenizer)
+    training.load(run, len(turns), [Path(cfg.run_dir) / "turns" / "train.jsonl", cfg.data.lexicon, training.policy_prompt(cfg)])
+    reference = parallel.load_sharded(run.folder, run.device, run.dtype, trainable=False) if t.kl_coef else None
+    while run.step < run.total:
         # Sample and grade the prompts of the next steps_per_sync steps, all from the same weights.
-        before, steps = step, min(t.steps_per_sync, total - step)
-        positions = range(step * t.prompts_per_step, (step + steps) * t.prompts_per_step)
-        indices = stream(len(turns), positions.start, positions.stop, cfg.seed)
+        steps = min(t.steps_per_sync, run.total - run.step)
+        positions = run.positions(steps)
+        indices = training.stream(len(turns), positions.start, positions.stop, cfg.seed)
         answers, graded, seconds = rollout.sample_graded(
-            model, tokenizer, [turns[i] for i in indices], [prompts[i] for i in indices], [(0, p) for p in positions], cfg,
-            lex, ends, samples=cfg.rollout.samples, temperature=cfg.rollout.temperature, leave=False)
+            run.model, run.tokenizer, [turns[i] for i in indices], [prompts[i] for i in indices], [(0, p) for p in positions], cfg,
+            run.lex, run.ends, samples=cfg.rollout.samples, temperature=cfg.rollout.temperature, leave=False)
         groups = [Group(prompts[i], a, [math.nan if g["reward"] is None else g["reward"] for g in records])
                   for i, a, records in zip(indices, answers, graded)]
         of_step = [slice(i * t.prompts_per_step, (i + 1) * t.prompts_per_step) for i in range(steps)]
-        batches = [prepare(groups[s], cfg, rank, world, device, torch.promote_types(dtype, torch.float32)) for s in of_step]
+        batches = [prepare(groups[s], cfg, run.rank, run.world, run.device, torch.promote_types(run.dtype, torch.float32))
+                   for s in of_step]
         if t.tis_cap and t.steps_per_sync > 1:
-            rescore(model, batches, cfg)
+            rescore(run.model, batches, cfg)
 
         for i, (batch, s) in enumerate(zip(batches, of_step)):
-            start = time.perf_counter()
-            optimizer.param_groups[0]["lr"] = lr = lr_at(step, total, t)
-            trained = train_step(model, reference, optimizer, batch, cfg, i == 0, device)
-            step += 1
-            bad = 0 if trained["finite"] else bad + 1
-            record = {"step": step, "epoch": step * t.prompts_per_step / len(turns), "lr": lr,
-                      **figures_of(graded[s], groups[s]), **trained,
-                      **{k: v / steps for k, v in seconds.items()}, "train_s": time.perf_counter() - start}
-            if i == steps - 1 and held_out and due(t.eval_every, before, step, total):
-                start = time.perf_counter()
-                record |= {"eval": evaluate(), "eval_s": time.perf_counter() - start}
-            log.write(record)
-            if bad == MAX_BAD_STEPS:
-                raise InputError(f"{bad} steps in a row had a non-finite gradient (last: step {step}): lower train.lr and "
-                                 f"start in a new run_dir (copy turns/ there, and checkpoints/ to go on from the last)")
-        if due(t.checkpoint_every, before, step, total):
-            checkpoint.save(run / "checkpoints", step, model, optimizer, {"bad_steps": bad, "inputs": inputs},
-                            t.keep_checkpoints)
-
-    log.close()
-    decoder.export(model, folder, run / "export")
-    if rank == 0:
-        print(f"trained {total} steps; model: {run / 'export'}, metrics: {run / 'metrics.jsonl'}")
-    parallel.stop()
+            began = time.perf_counter()
+            training.set_lr(run)
+            trained = train_step(run, reference, batch, i == 0)
+            training.end_step(run, {**figures_of(graded[s], groups[s]), **trained, **{k: v / steps for k, v in seconds.items()},
+                                    "train_s": time.perf_counter() - began}, boundary=i == steps - 1)
+    training.finish(run)
 
 
 if __name__ == "__main__":

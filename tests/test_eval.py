@@ -247,8 +247,8 @@ def test_runs_side_by_side_with_conversations(run, monkeypatch, capsys):
     capsys.readouterr()
     call(monkeypatch, "--table", folder, other, "--sessions", 1)
     shown = capsys.readouterr().out
-    rows = [line.split("|")[1].strip() for line in shown.splitlines() if line.startswith("|")][2:]
-    assert rows == [f"{name}, {how}" for name in ("run", "other") for how in ("temperature 0.7, top-p 0.9", "greedy")]
+    rows = [line.split("|")[1].strip() for line in shown.splitlines() if line.startswith("| **")]
+    assert rows == ["**run**", "**other**"] * 2 and "Sampled (temperature 0.7, top-p 0.9)" in shown
     assert shown.count("session a") == 1 and "session b" not in shown
     assert shown.index("user   | a cough") < shown.index("expert | How long?") < shown.index("user   | two days")
     assert shown.count("           run: ") == shown.count("           other: ") == 2

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import train_grpo
-from train_grpo import advantages, aggregate, cispo_loss, gspo_loss, grpo_loss, kl_estimate, lr_at, sequence_mean, stream
+import training
+from train_grpo import advantages, aggregate, cispo_loss, gspo_loss, grpo_loss, kl_estimate, sequence_mean
+from training import lr_at, stream
 
 NAN = float("nan")
 SEQ = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 3, 3])  # four answers of 3, 1, 4 and 2 tokens
@@ -272,7 +274,7 @@ def test_stream_visits_every_turn_once_an_epoch_however_it_is_cut():
 
 
 def test_due():
-    due = train_grpo.due
+    due = training.due
     assert not due(None, 0, 100, 100)
     assert [s for s in range(1, 13) if due(4, s - 1, s, 12)] == [4, 8, 12]
     assert [s for s in range(5, 31, 5) if due(7, s - 5, s, 100)] == [10, 15, 25, 30]  # at the next sync boundary

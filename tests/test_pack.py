@@ -160,7 +160,7 @@ def test_balance(world, budget):
     rng = random.Random(world * 1000 + budget)
     for n in (0, 1, 2, 7, 20):
         trees = random_trees(rng, n)
-        ranks = balance(trees, world, budget)
+        ranks = balance([part for tree in trees for part in split_tree(tree, budget)], world, budget)
         assert len(ranks) == world
         assert len({len(bins) for bins in ranks}) == 1 and len(ranks[0]) >= 1  # FSDP: as many passes on every rank
         parts = [t for bins in ranks for bin in bins for t in bin]

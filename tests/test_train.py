@@ -24,6 +24,7 @@ import pack
 import parallel
 import rollout
 import train_grpo
+import training
 from data import InputError, cli, write_json
 from model import Decoder
 from test_pack import alone
@@ -96,7 +97,8 @@ def step(model, groups, cfg, reference=None, optimizer=None, rank=0, world=1, on
     batch = prepare(groups, cfg, rank, world, torch.device("cpu"), torch.float64)
     if cfg.train.tis_cap and cfg.train.steps_per_sync > 1:
         train_grpo.rescore(model, [batch], cfg)
-    figures = train_step(model, reference, optimizer, batch, cfg, on_policy, torch.device("cpu"))
+    run = SimpleNamespace(model=model, optimizer=optimizer, cfg=cfg, device=torch.device("cpu"))
+    figures = train_step(run, reference, batch, on_policy)
     hook.remove()
     return figures, grads, batch
 
@@ -605,7 +607,6 @@ def test_a_step_with_a_bad_gradient_changes_nothing(folders, rollouts, monkeypat
     assert out["finite"] is False and out["grad_norm"] is None
     same({n: whole(p) for n, p in model.named_parameters()}, before, rtol=0, atol=0)
     assert all(float(s["step"]) == 0 and (whole(s["exp_avg"]) == 0).all() for s in optimizer.state.values())
-    json.dumps(out, allow_nan=False)  # what goes to metrics.jsonl
     out, _, _ = step(model, as_groups(rollouts), make_config(), optimizer=optimizer)
     assert out["finite"] and out["grad_norm"] > 0
 
@@ -678,7 +679,7 @@ def without(*names):
 BAD = {  # name: (what is done to a good run, overrides, what the line must say)
     "yaml": (lambda p: p.write_text("train: {lr: 1\n  x: ["), [], ["run.yaml", "not valid YAML"]),
     "list": (lambda p: p.write_text("- a\n"), [], ["run.yaml", "mapping"]),
-    "base of another type": (lambda p: p.write_text("base: [a.yaml]\n"), [], ["run.yaml", "base"]),
+    "base of another type": (lambda p: p.write_text("base: [3]\n"), [], ["run.yaml", "base"]),
     "base": (lambda p: p.write_text("base: none.yaml\n"), [], ["none.yaml"]),
     "unknown key": (None, ["train.learning=1"], ["unknown key 'train.learning'"]),
     "nearest key": (None, ["train.step_per_sync=1"], ["did you mean 'train.steps_per_sync'"]),
@@ -769,7 +770,11 @@ def test_what_turns_and_prompts_are_trained_on(tmp_path, tiny_checkpoint, tiny_t
     (tmp_path / "no_stop.md").write_text("Never stop. {goal}")
     shutil.copy(tmp_path / "run" / "turns" / "train.jsonl", tmp_path / "run" / "turns" / "valid.jsonl")
     base = [str(path), f"data.prompt_no_stop={tmp_path / 'no_stop.md'}"]
-    read = lambda *more: train_grpo.load_training_turns(config.load([*base, *more]), tiny_tokenizer)
+
+    def read(*more):
+        cfg = config.load([*base, *more])
+        return training.training_turns(cfg, tiny_tokenizer), training.held_out_turns(cfg, tiny_tokenizer)
+
     (turns, prompts), (held, held_prompts) = read()
     assert len(turns) == 20 and len(held) == 3 and not any("Never stop" in tiny_tokenizer.decode(p) for p in prompts + held_prompts)
     (turns, prompts), (held, held_prompts) = read("reward.mode=no_rs")

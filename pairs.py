@@ -1,0 +1,88 @@
+"""Preference pairs for train_dpo.py, a step of its own so that they can be looked at before anything learns from them.
+
+    python pairs.py cfg.yaml [key=value ...]      # turns/train.jsonl -> run_dir/pairs.jsonl, one pair a line
+
+chosen    what the expert did: the next utterance at a continue turn, exactly <stop /> at a stop turn
+rejected  an utterance irrelevant to anything in the conversation: an expert's question from another session about another
+          complaint, none of whose attributes matters to this complaint, is mentioned in this conversation (up to this turn
+          or after it), or is generic
+
+The paper (arXiv 2510.25441) has an LLM write the rejected answers; these need only the lexicon. Turns whose complaint the
+lexicon does not recognise, or for which nothing irrelevant was ever asked, get no pair and are counted.
+"""
+import itertools
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import config
+import lexicon
+import training
+from data import InputError, cli, expert_answer, load_turns, write_jsonl
+from hindsight import same, slot_key
+
+
+def complaint_in(turn, lex):
+    """The complaint a conversation is about: the first that its user names, or None."""
+    named = (lexicon.complaint_of(m["content"], lex) for m in turn["context"] if m["role"] == "user")
+    return next(filter(None, named), None)
+
+
+def questions_asked(turns, complaints, lex):
+    """The experts' utterances that ask for an attribute -> [(session, complaint, text, attributes asked for, turn_id)]."""
+    out = []
+    for turn, complaint in zip(turns, complaints):
+        if complaint and turn["decision"] == "continue":
+            text = expert_answer(turn)
+            asked = frozenset(slot_key(a) for a in lexicon.asked(text, lex))
+            if asked:
+                out.append((turn["session_id"], complaint, text, asked, turn["turn_id"]))
+    return out
+
+
+def build_pairs(turns, lex, generic=(), seed=0):
+    """-> (pairs, Counter of turns left out by reason). The same turns and seed give the same pairs."""
+    pairs, left_out = [], Counter()
+    complaints = [complaint_in(turn, lex) for turn in turns]
+    pool = questions_asked(turns, complaints, lex)
+    for i, (turn, complaint) in enumerate(zip(tqdm(turns, desc="pairs", unit=" turns", disable=None), complaints)):
+        if not complaint:
+            left_out["no complaint recognised"] += 1
+            continue
+        mentioned = {a for found in lexicon.facts(turn["context"], lex) for a in found} | {same(i)[0] for i in turn["target"]}
+        relevant = {slot_key(a) for a in (*lex.complaints[complaint], *generic, *mentioned)}
+        found = None
+        tries = np.random.default_rng([seed, 4, i]).integers(len(pool), size=200) if pool else ()
+        for k in itertools.chain(tries, range(len(pool))):  # at random; where that fails, the first of all that fits
+            session, other, text, asked, turn_id = pool[k]
+            if session != turn["session_id"] and other != complaint and not asked & relevant:
+                found = text, turn_id
+                break
+        if not found:
+            left_out["no irrelevant utterance in the logs"] += 1
+            continue
+        pairs.append({**{k: turn[k] for k in ("turn_id", "session_id", "goal", "context", "decision") if k in turn},
+                      "chosen": expert_answer(turn), "rejected": found[0], "rejected_from": found[1]})
+    return pairs, left_out
+
+
+def main():
+    cfg = config.load(sys.argv[1:], __doc__)
+    config.need(cfg, "data.lexicon")
+    turns, out = load_turns(training.turns_file(cfg, "train")), Path(cfg.run_dir) / "pairs.jsonl"
+    pairs, left_out = build_pairs(turns, lexicon.load(cfg.data.lexicon), cfg.hindsight.generic, cfg.seed)
+    for reason, n in left_out.most_common():
+        print(f"  turns left out: {n} {reason}")
+    if not pairs:
+        raise InputError(f"{cfg.data.lexicon} gives no pair for any of {len(turns)} turns: see the reasons above")
+    write_jsonl(out, pairs)
+    for pair in pairs[:3]:
+        print(f"  {pair['context'][-1]['content']!r} -> {pair['chosen']!r} rather than {pair['rejected']!r}")
+    print(f"wrote {out}: {len(pairs)} pairs of {len(turns)} turns")
+
+
+if __name__ == "__main__":
+    cli(main)
