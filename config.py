@@ -106,8 +106,8 @@ class Train:
     epochs: int = key(4, "passes over the training turns", at_least=1)
     steps: typing.Optional[int] = key(None, "train for exactly so many optimizer steps; null: epochs decide; 0: a row that is "
                                             "only evaluated", at_least=0)
-    tokens_per_microbatch: int = key(16384, "token budget of one forward pass per rank (one prompt with one answer may "
-                                            "exceed it)", at_least=1)
+    tokens_per_microbatch: int = key(16384, "token budget of one forward pass per rank (one prompt with one answer, in DPO "
+                                            "one pair, may exceed it)", at_least=1)
     checkpoint_every: int = key(50, "steps between checkpoints (taken at the next sync boundary)", at_least=1)
     keep_checkpoints: int = key(2, "newest checkpoints kept", at_least=1)
     eval_every: typing.Optional[int] = key(50, "steps between evaluations (at the next sync boundary); null: none",

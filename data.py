@@ -4,6 +4,7 @@ Every stage reads and writes UTF-8 JSON lines. Output files are written whole (a
 reader never sees half a file and a rerun replaces it. `InputError` is the one exception for what a user can mend:
 scripts print it as a single line (`cli`), without a traceback.
 """
+import hashlib
 import json
 import os
 import sys
@@ -71,6 +72,14 @@ def write_jsonl(path, rows):
 
 def write_json(path, obj):
     write_text(path, json.dumps(obj, ensure_ascii=False, indent=2) + "\n")
+
+
+def identity(path):
+    """What tells a file or a folder's files from others: content, or size and date where a file is large."""
+    files = sorted(p for p in Path(path).rglob("*") if p.is_file()) if Path(path).is_dir() else [Path(path)]
+    large = 64 * 2 ** 20
+    marks = [f.read_bytes() if f.stat().st_size < large else f"{f.stat().st_size} {f.stat().st_mtime}".encode() for f in files]
+    return hashlib.sha256(b"".join(hashlib.sha256(m).digest() for m in marks)).hexdigest()
 
 
 def check_messages(messages):
@@ -200,4 +209,5 @@ def encode_answer(tokenizer, text):
     """An answer to learn from -> token ids, the end token included (without it a model would never learn to end)."""
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer at {tokenizer.name_or_path} names no eos_token: add it to tokenizer_config.json")
-    return [*tokenizer(plain(tokenizer, text), add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    text = text if text == STOP else plain(tokenizer, text)  # a tokenizer may have the marker as a token of its own
+    return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]

@@ -27,7 +27,7 @@ import config
 import eval as evaluation
 import model as decoder
 import training
-from data import InputError, cli, write_json, write_text
+from data import InputError, cli, identity, write_json, write_text
 
 COLUMNS = ("wa", "wa_gh", "wc", "ws", "aa", "fc", "tr")
 # Table 1: the row's label there, Qwen2.5-7B-Instruct, Qwen2.5-32B-Instruct. "w/o R_a" and "w/o R_s" as labelled there, though
@@ -183,14 +183,6 @@ def view(runs):
 
 
 # ---------------------------------------------------------------------------------------------------------- the runs
-
-def identity(path):
-    """What tells a file or a folder's files from others: content, or size and date where a file is large."""
-    files = sorted(p for p in Path(path).rglob("*") if p.is_file()) if Path(path).is_dir() else [Path(path)]
-    large = 64 * 2 ** 20
-    marks = [f.read_bytes() if f.stat().st_size < large else f"{f.stat().st_size} {f.stat().st_mtime}".encode() for f in files]
-    return hashlib.sha256(b"".join(hashlib.sha256(m).digest() for m in marks)).hexdigest()
-
 
 def changed(cfg, want, have):
     """-> what this run's training depends on that is not as it was: names of config keys and files."""

@@ -4,10 +4,11 @@
     torchrun --nproc_per_node=8 train_dpo.py configs/table1/7b/dpo.yaml [key=value ...]
 
 The chosen answer is the expert's (or <stop />), the rejected one irrelevant. A pair shares its prompt as one prefix. The
-base model's log-probs of all answers are computed once, before training, and kept in run_dir/reference.safetensors.
+base model's log-probs of all answers are computed once, before the first step, and kept in run_dir/reference.safetensors.
 Unlike the reference release, whose sums run over a whole micro-batch (right only for one pair at a time), every pair has
 sums of its own.
 """
+import gc
 import hashlib
 import sys
 import time
@@ -23,7 +24,7 @@ import config
 import pack
 import parallel
 import training
-from data import InputError, check_messages, cli, encode_prompts, load_prompt, load_turns, read_jsonl
+from data import InputError, check_messages, cli, encode_prompts, identity, load_prompt, load_turns, read_jsonl
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
@@ -85,6 +86,8 @@ def reference_logprobs(run, trees, inputs):
                     continue
                 found.update(zip([tree.index[0][0] for tree in part], pair_logprobs(model, packed).tolist()))
             bar.update(len(trees[first:first + at_once]))
+    del model
+    gc.collect()  # FSDP's modules refer to each other: without this the shards would stay beside the policy's
     found = {pair: values for share in parallel.all_gather(found) for pair, values in share.items()}
     if run.rank == 0:
         tensors = {"pairs": torch.tensor(list(found)), "logprobs": torch.tensor(list(found.values()), dtype=torch.float64)}
@@ -122,10 +125,9 @@ def main():
                                     load_pairs(path, load_turns(training.turns_file(cfg, "train"))),
                                     cfg.rollout.max_prompt_tokens, cfg.data.long_prompts)
     trees = training.encode_trees(run, prompts, [[pair["chosen"], pair["rejected"]] for pair in pairs])
-    made_of = f"{run.folder} {run.dtype} {cfg.rollout.max_prompt_tokens} {cfg.rollout.max_new_tokens}".encode()
-    inputs = hashlib.sha256(made_of + path.read_bytes() + Path(cfg.data.prompt).read_bytes()).hexdigest()
-    reference = reference_logprobs(run, trees, inputs)
     training.load(run, len(trees), [path, cfg.data.prompt])
+    made_of = f"{identity(run.folder)} {run.dtype} {cfg.rollout.max_prompt_tokens} {cfg.rollout.max_new_tokens} {run.inputs}"
+    reference = reference_logprobs(run, trees, hashlib.sha256(made_of.encode()).hexdigest())
     while run.step < run.total:
         began, at = time.perf_counter(), run.positions()
         training.set_lr(run)

@@ -131,18 +131,18 @@ def training_turns(cfg, tokenizer):
 def encode_trees(run, prompts, texts):
     """texts[i]: the answers to learn from at prompts[i] -> pack.Trees whose answers are named (i, number). What holds an
     answer over rollout.max_new_tokens is refused or left out, like long prompts."""
-    cfg, trees, too_long = run.cfg, [], 0
+    cfg, trees, too_long = run.cfg, [], []
     for i, (prompt, answers) in enumerate(zip(prompts, texts, strict=True)):
         answers = [encode_answer(run.tokenizer, text) for text in answers]
         if max(map(len, answers)) <= cfg.rollout.max_new_tokens:
             trees.append(pack.Tree(prompt, answers, [(i, j) for j in range(len(answers))]))
         else:
-            too_long += 1
+            too_long.append(max(map(len, answers)))
     if too_long and (cfg.data.long_prompts == "error" or not trees):
-        raise InputError(f"{too_long} of {len(prompts)} examples hold an answer longer than rollout.max_new_tokens="
-                         f"{cfg.rollout.max_new_tokens}; raise it, or set data.long_prompts=drop to leave them out")
+        raise InputError(f"{len(too_long)} of {len(prompts)} examples hold an answer longer than rollout.max_new_tokens="
+                         f"{cfg.rollout.max_new_tokens}; raise it to {max(too_long)}, or set data.long_prompts=drop to leave them out")
     if too_long and run.rank == 0:
-        print(f"left out {too_long} of {len(prompts)} examples: answers longer than rollout.max_new_tokens={cfg.rollout.max_new_tokens}")
+        print(f"left out {len(too_long)} of {len(prompts)} examples: answers longer than rollout.max_new_tokens={cfg.rollout.max_new_tokens}")
     return trees
 
 

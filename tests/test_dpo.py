@@ -207,17 +207,17 @@ def test_the_reference_is_computed_once_and_is_the_base_model(loads, monkeypatch
     path = make_baseline(tmp_path, tiny_checkpoint, "dpo", train__steps=2, train__tokens_per_microbatch=60, train__lr=1e-2)
     file = tmp_path / "run" / "reference.safetensors"
     lines = run_main(monkeypatch, path, "dpo")
-    assert loads == ["reference", "policy"] and lines[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    assert loads == ["policy", "reference"] and lines[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
     assert lines[0]["margin"] == pytest.approx(0, abs=1e-5) and lines[1]["margin"] > 0.01
     first = file.read_bytes()
 
     run_main(monkeypatch, path, "dpo", "train.steps=3")  # goes on from a checkpoint
-    assert loads == ["reference", "policy", "policy"] and file.read_bytes() == first
+    assert loads == ["policy", "reference", "policy"] and file.read_bytes() == first
     stored, loads[:] = load_file(file), []
     file.unlink()
     run_main(monkeypatch, path, "dpo", "train.steps=4")  # the weights have moved: the base's are computed again, not theirs
     again = load_file(file)
-    assert loads == ["reference", "policy"] and torch.equal(again["logprobs"], stored["logprobs"])
+    assert loads == ["policy", "reference"] and torch.equal(again["logprobs"], stored["logprobs"])
     assert again["pairs"].tolist() == stored["pairs"].tolist()
 
     parallel.start()
@@ -300,10 +300,13 @@ def test_what_the_reference_depends_on(monkeypatch, capsys, tmp_path, tiny_check
 
     def stop_here(run, trees, inputs):
         keys.append(inputs)
+        (tmp_path / "run" / "metrics.jsonl").unlink()  # else the folder would hold its next user to this config
         raise InputError("enough")
 
     monkeypatch.setattr(train_dpo, "reference_logprobs", stop_here)
     shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    with open(tmp_path / "model" / "config.json", "a") as f:  # another content; a mere copy would be the same model
+        f.write(" ")
     for same_as_before in ([], ["train.lr=0.5"], ["train.steps=9", "seed=3"], ["train.dpo_beta=0.5"]):
         refused(monkeypatch, capsys, train_dpo, path, *same_as_before)
     assert len(set(keys)) == 1
