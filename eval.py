@@ -117,10 +117,15 @@ def table(rows):
 
     grid = [["", *(n.upper().replace("_", "-") if n in MEANS else n for n in names)]]
     grid += [[str(row), *(cell(m.get(n)) for n in names)] for row, m in rows.items()]
+    return aligned(grid)
+
+
+def aligned(grid):
+    """Rows of cells, the head first -> a Markdown table whose columns line up, the first to the left."""
     width = [max(map(len, column)) for column in zip(*grid)]
-    grid.insert(1, ["-" * width[0], *("-" * (w - 1) + ":" for w in width[1:])])
+    ruled = [grid[0], ["-" * width[0], *("-" * (w - 1) + ":" for w in width[1:])], *grid[1:]]
     return "\n".join("| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, width))) + " |"
-                     for r in grid)
+                     for r in ruled)
 
 
 def load_graded(path):

@@ -126,9 +126,6 @@ def label(name):
 
 def markdown(summary):
     """table.json's object -> the view: both decodings, the paper's numbers under each row, and its orderings."""
-    def row(cells):
-        return "| " + " | ".join(cells) + " |"
-
     def cell(value, bound=None):
         if value is None:
             return "-"
@@ -139,22 +136,23 @@ def markdown(summary):
     for how, title in (("sampled", f"Sampled ({decodings})"), ("greedy", "Greedy")):
         lines += [f"**{title}**, with 95% intervals (bootstrap by session)" + ("; under each row the paper's figures at 7B / 32B"
                                                                               if how == "sampled" else ""), ""]
-        lines += [row(["", *heads, "top share", "distinct", "n", "failed"]), row(["---", *["---:"] * (len(heads) + 4)])]
+        grid = [["", *heads, "top share", "distinct", "n", "failed"]]
         for name, r in summary["rows"].items():
             m = r[how]
-            lines.append(row([f"**{label(name)}**", *(cell(m[c], m["intervals"][c]) for c in COLUMNS), cell(m["top_share"]),
-                              str(m["distinct"]), str(m["n"]), str(m["failed"])]))
+            grid.append([f"**{label(name)}**", *(cell(m[c], m["intervals"][c]) for c in COLUMNS), cell(m["top_share"]),
+                         str(m["distinct"]), str(m["n"]), str(m["failed"])])
             if "paper" in r and how == "sampled":
                 paper = r["paper"]
-                lines.append(row(["paper", *(f"{paper['7b'][c]:.2f} / {paper['32b'][c]:.2f}" for c in COLUMNS), "", "", "", ""]))
-        lines.append("")
+                grid.append(["paper", *(f"{paper['7b'][c]:.2f} / {paper['32b'][c]:.2f}" for c in COLUMNS), "", "", "", ""])
+        lines += [evaluation.aligned(grid), ""]
     several = {name: r for name, r in summary["rows"].items() if len(r["runs"]) > 1}
     if several:
         lines += ["**TR of each seed** (sampled)", ""]
         lines += [f"- {label(name)}: " + ", ".join(cell(tr) for tr in r["tr_by_run"]) for name, r in several.items()] + [""]
     if summary["orderings"]:
         lines += ["**The paper's orderings** and what holds here: paired difference with its 95% interval; undecided where that "
-                  "includes 0", "", row(["", "paper 7B / 32B", "sampled", "", "greedy", ""]), row(["---", "---:"] + ["---:", "---"] * 2)]
+                  "includes 0", ""]
+        grid = [["", "paper 7B / 32B", "sampled", "", "greedy", ""]]
         for o in summary["orderings"]:
             cells = [f"{label(o['better'])} > {label(o['worse'])} in {o['metric'].upper().replace('_', '-')}",
                      f"{o['paper']['7b']:+.2f} / {o['paper']['32b']:+.2f}"]
@@ -162,8 +160,8 @@ def markdown(summary):
                 found = o[how]
                 low, high = found["interval"] if found else (None, None)
                 cells += [f"{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}]", found["verdict"]] if found else ["-", "other turns"]
-            lines.append(row(cells))
-        lines.append("")
+            grid.append(cells)
+        lines += [evaluation.aligned(grid), ""]
     return "\n".join(lines)
 
 
