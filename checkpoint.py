@@ -23,12 +23,14 @@ from model import shard_rows
 
 # Keys that may differ when a run goes on: how long, how often to look, where to log.
 MAY_CHANGE = ("train.steps", "train.epochs", "train.checkpoint_every", "train.keep_checkpoints", "train.eval_every",
-              "train.tokens_per_microbatch", "rollout.max_rows")  # and all of eval. and wandb.
+              "train.tokens_per_microbatch", "rollout.max_rows", "reward.max_failed")  # and all of eval. and wandb.
 
 
 def may_change(name, cfg):
     if name in ("train.steps", "train.epochs") and cfg.train.schedule != "constant":
         return False  # the learning rate depends on where the end is
+    if name.startswith("llm."):  # where the grader runs, but not which one it is
+        return not (name.startswith("llm.grader.") and name.endswith((".model", ".prompt", ".temperature", ".max_tokens")))
     return name in MAY_CHANGE or name.startswith(("eval.", "wandb."))
 
 

@@ -7,6 +7,7 @@ YAML are relative to the folder one starts the script in. `--help` lists every k
 """
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from dataclasses import dataclass, field
@@ -46,13 +47,37 @@ class Data:
 
 @dataclass
 class Hindsight:
-    source: str = key("rules", "where I* comes from: the lexicon, or the logs' own 'learned' fields",
-                      choices=("rules", "annotations"))
+    source: str = key("rules", "where I* comes from: a language model (llm.extractor), the lexicon, or the logs' own "
+                               "'learned' fields", choices=("llm", "rules", "annotations"))
     stop_rule: str = key("paper", "paper: stop where I* is empty or at the last point; last_turn: stop only at the last "
                                   "point, continue with an empty I* is dropped", choices=("paper", "last_turn"))
     user_end: str = key("stop", "a session that ends on a user utterance: its last point is a stop, or is dropped",
                         choices=("stop", "drop"))
     generic: list = key(lambda: ["pregnancy", "allergies"], "slots left out of I* because any context admits them")
+    self_check: int = key(1, "llm: extract so often, with other seeds, and report how far the results agree", at_least=1)
+
+
+@dataclass
+class Role:
+    """A language model behind one of the roles extractor, grader, writer."""
+    source: str = key("endpoint", "an OpenAI-compatible server, or a checkpoint of one's own", choices=("endpoint", "local"))
+    model: str = key("", "the name the server knows the model by; local: a Hugging Face folder or hub id")
+    base_url: str = key("http://localhost:8000/v1", "endpoint: where the server is")
+    api_key_env: str = key("OPENAI_API_KEY", "endpoint: the environment variable that holds the key")
+    prompt: str = key("", "its instructions; empty: prompts/ROLE.md (writer: prompts/rejected.md)")
+    temperature: float = key(0.0, "sampling temperature", at_least=0)
+    max_tokens: int = key(512, "longest reply", at_least=1)
+    concurrency: int = key(64, "endpoint: asks in flight at once", at_least=1)
+    timeout_s: float = key(60.0, "endpoint: seconds to wait for a reply", above=0)
+    retries: int = key(6, "endpoint: further attempts after a time-out, a refusal (429) or a server error", at_least=0)
+
+
+@dataclass
+class LLM:
+    cache: str = key("", "file of the replies so far, which runs may share; empty: run_dir/llm_cache.sqlite")
+    extractor: Role = field(default_factory=Role)
+    grader: Role = field(default_factory=Role)
+    writer: Role = field(default_factory=Role)
 
 
 @dataclass
@@ -60,6 +85,11 @@ class Reward:
     mode: str = key("product", "R_s(1 + beta R_a) + Omega | R_a + R_s + Omega | R_s(1 + beta) + Omega | beta R_a + Omega",
                     choices=("product", "sum", "no_ra", "no_rs"))
     beta: float = key(2.0, "weight of R_a", at_least=0)
+    grader: str = key("rules", "what gives R_a: the lexicon's rules, or a language model (llm.grader)", choices=("rules", "llm"))
+    omega: str = key("rule", "what counts questions for Omega: question marks and the lexicon, or the language model's count",
+                     choices=("rule", "llm"))
+    max_failed: float = key(0.2, "llm: share of failed gradings in a rollout phase above which training stops",
+                            at_least=0, at_most=1)
     omega_when_wrong: str = key("zero", "Omega on a wrong decision: 0, or scored like any other",
                                 choices=("zero", "score"))
 
@@ -134,6 +164,7 @@ class Config:
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     hindsight: Hindsight = field(default_factory=Hindsight)
+    llm: LLM = field(default_factory=LLM)
     reward: Reward = field(default_factory=Reward)
     rollout: Rollout = field(default_factory=Rollout)
     train: Train = field(default_factory=Train)
@@ -166,12 +197,14 @@ def help_text(doc):
     return "\n".join(lines)
 
 
+SECTIONS = {name[:i] for name in FIELDS for i, c in enumerate(name) if c == "."}
+
+
 def _flatten(tree, where, prefix=""):
-    sections = {f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
     out = {}
     for name, value in tree.items():
         dotted = f"{prefix}{name}"
-        if dotted in sections:
+        if dotted in SECTIONS:
             if not isinstance(value, dict):
                 raise InputError(f"{where}: '{dotted}' is a section, so its value must be a mapping, not {value!r}")
             out.update(_flatten(value, where, dotted + "."))
@@ -183,7 +216,7 @@ def _flatten(tree, where, prefix=""):
 
 
 def _unknown(name, where):
-    names = list(FIELDS) + sorted({n.split(".")[0] for n in FIELDS})
+    names = [*FIELDS, *sorted(SECTIONS)]
     leaf = {n.split(".")[-1]: n for n in FIELDS}
     near = difflib.get_close_matches(name, names, 1, 0.6)
     if not near:
@@ -253,17 +286,19 @@ def _read_yaml(path, seen=()):
 OWN_CLIP = {"grpo": (0.2, 0.2), "gspo": (3e-4, 4e-4)}  # train.clip_low, train.clip_high where they are null
 _CISPO = ["train.is_floor", "train.is_cap", "train.cispo_drop"]
 _RL = ["train.clip_low", "train.clip_high", "train.dual_clip", *_CISPO, "train.advantage", "train.aggregation", "train.tis_cap",
-       "train.kl_coef", "train.kl", "train.entropy_coef", "train.steps_per_sync", "reward.mode", "reward.beta", "reward.omega_when_wrong"]
-UNREAD = {"grpo": [*_CISPO, "train.dpo_beta"], "gspo": [*_CISPO, "train.dpo_beta", "train.dual_clip"], "sft": [*_RL, "train.dpo_beta"],
-          "cispo": ["train.clip_low", "train.clip_high", "train.dual_clip", "train.dpo_beta"], "dpo": _RL}
+       "train.kl_coef", "train.kl", "train.entropy_coef", "train.steps_per_sync", "reward.mode", "reward.beta",
+       "reward.omega_when_wrong", "reward.max_failed"]
+UNREAD = {"grpo": [*_CISPO, "train.dpo_beta"], "gspo": [*_CISPO, "train.dpo_beta", "train.dual_clip"],
+          "cispo": ["train.clip_low", "train.clip_high", "train.dual_clip", "train.dpo_beta"],
+          "sft": [*_RL, "train.dpo_beta"], "dpo": _RL}
 
 
 def build(flat):
     """Flat {dotted key: value} -> Config, with defaults filled in and the keys checked against each other."""
     cfg = Config()
     for name, value in flat.items():
-        *section, leaf = name.split(".")
-        setattr(getattr(cfg, section[0]) if section else cfg, leaf, value)
+        *sections, leaf = name.split(".")
+        setattr(functools.reduce(getattr, sections, cfg), leaf, value)
     t = cfg.train
     if t.loss in UNREAD:  # a key that this loss never reads must not be set in vain; a loss of your own may read any
         default = flatten(Config())
@@ -276,6 +311,10 @@ def build(flat):
         low, high = OWN_CLIP[t.loss]
         t.clip_low = low if t.clip_low is None else t.clip_low
         t.clip_high = high if t.clip_high is None else t.clip_high
+    if cfg.reward.omega == "llm" and cfg.reward.grader != "llm":
+        raise InputError("reward.omega=llm needs reward.grader=llm: the grader counts the questions in the same call")
+    if cfg.hindsight.self_check > 1 and cfg.hindsight.source != "llm":
+        raise InputError(f"hindsight.self_check has no effect with hindsight.source={cfg.hindsight.source}; remove it")
     if cfg.reward.mode == "sum" and cfg.reward.beta != Reward().beta:
         raise InputError("reward.beta has no effect with reward.mode=sum, which is the product with beta 1; remove it")
     if t.is_floor > t.is_cap:
@@ -317,11 +356,7 @@ def load(argv, doc=None):
 
 def flatten(cfg):
     """Config -> flat {dotted key: value}, the resolved values."""
-    out = {}
-    for name in FIELDS:
-        *section, leaf = name.split(".")
-        out[name] = getattr(getattr(cfg, section[0]) if section else cfg, leaf)
-    return out
+    return {name: functools.reduce(getattr, name.split("."), cfg) for name in FIELDS}
 
 
 def save(cfg, path):

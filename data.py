@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 ROLES = ("user", "assistant")
@@ -57,17 +58,28 @@ def read_jsonl(path, on_bad=None):
                 on_bad(n, reason)
 
 
-def write_text(path, text):
-    """Write a whole file or nothing: aside in the same folder, then renamed over the old one."""
+@contextmanager
+def whole_file(path):
+    """Write a whole file or nothing: the file opened here lies aside in the same folder, and is renamed at the end."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        with open(aside, "w", encoding="utf-8") as f:
+            yield f
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    with whole_file(path) as f:
+        f.write(text)
 
 
 def write_jsonl(path, rows):
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    with whole_file(path) as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_json(path, obj):
@@ -157,14 +169,15 @@ def apply_template(tokenizer, messages):
                          f"({error}); take a template that allows it, or leave the session out") from None
 
 
-def load_prompt(path):
-    """Read a policy prompt; its only placeholder is {goal}."""
+def load_prompt(path, placeholders=("goal",)):
+    """Read a prompt; {each placeholder} must occur in it and is filled in later."""
     try:
         text = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"policy prompt {path} cannot be read ({error})") from None
-    if "{goal}" not in text:
-        raise InputError(f"policy prompt {path} lacks the placeholder {{goal}}")
+        raise InputError(f"prompt {path} cannot be read ({error})") from None
+    for name in placeholders:
+        if f"{{{name}}}" not in text:
+            raise InputError(f"prompt {path} lacks the placeholder {{{name}}}")
     return text
 
 

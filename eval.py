@@ -30,9 +30,9 @@ import numpy as np
 import checkpoint
 import config
 import hindsight
-import lexicon
 import model as decoder
 import parallel
+import reward
 import rollout
 from data import (DECISIONS, InputError, cli, encode_prompts, load_prompt, load_tokenizer, load_turns, read_jsonl, write_json,
                   write_jsonl)
@@ -174,13 +174,19 @@ def bounds(summary):
 
 # ------------------------------------------------------------------------------------------------- a model's figures
 
-def evaluate(model, tokenizer, turns, prompts, cfg, lex, ends, *, greedy=False, desc="evaluate", leave=False):
+def full_reward(cfg):
+    """The config with the reward that evaluation uses whatever a run was trained on: the product, beta 2."""
+    return dataclasses.replace(cfg, reward=config.Reward(grader=cfg.reward.grader, omega=cfg.reward.omega))
+
+
+def evaluate(model, tokenizer, turns, prompts, cfg, lex, ends, grader=None, *, greedy=False, desc="evaluate", leave=False):
     """Sample answers at every turn and grade them (collective). -> flat list of graded records on every rank."""
     how = dict(samples=1, temperature=0) if greedy else dict(
         samples=cfg.eval.samples, temperature=cfg.eval.temperature, top_p=cfg.eval.top_p)
-    cfg = dataclasses.replace(cfg, reward=config.Reward())  # whatever it was trained on: the product, beta 2
+    cfg = full_reward(cfg)
     keys = [(1, i) for i in range(len(turns))]  # never the noise of a training rollout, whose keys start with 0
-    _, graded, _ = rollout.sample_graded(model, tokenizer, turns, prompts, keys, cfg, lex, ends, desc=desc, leave=leave, **how)
+    _, graded, _ = rollout.sample_graded(model, tokenizer, turns, prompts, keys, cfg, lex, ends, grader, desc=desc, leave=leave,
+                                          **how)
     return [record for group in graded for record in group]
 
 
@@ -198,9 +204,10 @@ def model_of(cfg):
 
 def evaluate_run(cfg):
     import report  # which reads this module
-    config.need(cfg, "model.path", "data.lexicon")
+    config.need(cfg, "model.path")
     rank, _, device = parallel.start()
-    run, folder, lex = Path(cfg.run_dir), model_of(cfg), lexicon.load(cfg.data.lexicon)
+    run, folder = Path(cfg.run_dir), model_of(cfg)
+    lex, grader = reward.judges(cfg)
     path = run / "turns" / "eval.jsonl"
     if not path.is_file():
         raise InputError(f"{path} does not exist: run hindsight.py with this config first (data.eval_logs must be set)")
@@ -210,7 +217,7 @@ def evaluate_run(cfg):
                                     cfg.data.long_prompts)
     model = decoder.load(folder, device, parallel.compute_dtype(cfg.model.dtype, device))
     ends = rollout.end_ids(folder, tokenizer)
-    sampled, greedy = (evaluate(model, tokenizer, turns, prompts, cfg, lex, ends, greedy=g, leave=True,
+    sampled, greedy = (evaluate(model, tokenizer, turns, prompts, cfg, lex, ends, grader, greedy=g, leave=True,
                                 desc=f"{folder} {'greedy' if g else 'sampled'}") for g in (False, True))
     if rank == 0:
         name = f"temperature {cfg.eval.temperature:g}" + (f", top-p {cfg.eval.top_p:g}" if cfg.eval.top_p < 1 else "")

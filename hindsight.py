@@ -4,26 +4,31 @@
 
 The paper (arXiv 2510.25441) reads a conversation as u_0, x_1, u_1, ..., x_{T-1}, u_{T-1} and labels each point t = 1..T
 by hindsight: the context C_{t-1} is everything up to u_{t-1}; I*_t is what the user reveals only later; s*_t is
-"continue" while there is something left to learn and t < T, else "stop". What the user reveals comes from a lexicon
-(hindsight.source: rules) or from the logs' own `learned` fields (annotations).
+"continue" while there is something left to learn and t < T, else "stop". What the user reveals comes from a language model
+(hindsight.source: llm), a lexicon (rules) or the logs' own `learned` fields (annotations). The model reads a session once and
+names the utterance that reveals each item, so that one call serves all points of a session.
 
 Unlike the reference release, every context is the full prefix, and what the expert says after the user's last words
 makes no further point. Sessions and points that teach nothing are left out and counted by reason; a rerun replaces
-all its files.
+all its files. Logs are streamed: a window of sessions is in memory, their extractions in flight, written in input order.
 """
 import functools
 import hashlib
+import itertools
 import json
 import sys
+import tempfile
 import unicodedata
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
 
 from tqdm import tqdm
 
 import config
 import lexicon
-from data import InputError, check_messages, cli, read_jsonl, write_json, write_jsonl
+import llm
+from data import InputError, check_messages, cli, read_jsonl, whole_file, write_json, write_jsonl
 
 SHOWN = 3  # bad lines quoted per reason; the rest are counted
 
@@ -98,6 +103,51 @@ def extract_rules(utts, lex):
 def extract_annotations(utts):
     """For each utterance, the items ("slot: value") its `learned` fields hold."""
     return [[f"{slot}: {value}" for slot, value in u["learned"] if value] if u["role"] == "user" else [] for u in utts]
+
+
+def spoken(messages):
+    """Messages as a language model is shown them."""
+    return [{"by": "client" if m["role"] == "user" else "expert", "text": m["content"]} for m in messages]
+
+
+EXTRACT = llm.object_schema(items={"type": "array", "items": llm.object_schema(
+    utterance={"type": "integer"}, slot={"type": "string"}, value={"type": "string"})})
+
+
+def extractor_messages(prompt, utts, goal, generic):
+    """The conversation as JSON lines, one a numbered utterance, so that no text can pass for another line."""
+    prompt = prompt.replace("{goal}", goal).replace("{generic}", ", ".join(generic) or "none")
+    lines = [json.dumps({"utterance": i, **u}, ensure_ascii=False) for i, u in enumerate(spoken(utts), 1)]
+    return [{"role": "system", "content": prompt}, {"role": "user", "content": "\n".join(lines)}]
+
+
+def check_items(reply, utts):
+    """The extractor's reply -> for each utterance, the items it reveals; ValueError where it is not such a list.
+
+    >>> check_items({"items": [{"utterance": 1, "slot": "fever", "value": "no"}]}, [{"role": "user"}, {"role": "assistant"}])
+    [['fever: no'], []]
+    """
+    out, items = [[] for _ in utts], reply.get("items")
+    if not isinstance(items, list):
+        raise ValueError("'items' is missing or not a list")
+    for item in items:
+        n, slot, value = (item.get(k) for k in ("utterance", "slot", "value")) if isinstance(item, dict) else (None,) * 3
+        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= len(utts) or utts[n - 1]["role"] != "user":
+            raise ValueError(f"'utterance' must be the number of an utterance of the client, not {n!r}"[:200])
+        if not (isinstance(slot, str) and slot.strip() and isinstance(value, str) and value.strip()):
+            raise ValueError(f"'slot' and 'value' must be non-empty texts, not {slot!r} and {value!r}"[:200])
+        out[n - 1].append(f"{slot.replace(':', ' ').strip()}: {value.strip()}")
+    return out
+
+
+def f1(found, wanted):
+    """Normalised exact match of two lists of items -> F1; both empty: 1.
+
+    >>> f1(["Fever: no", "age: 3"], ["fever: No."])
+    0.6666666666666666
+    """
+    found, wanted = {same(i) for i in found}, {same(i) for i in wanted}
+    return 2 * len(found & wanted) / (len(found) + len(wanted)) if found or wanted else 1.0
 
 
 def decision_points(utts, facts, stop_rule="paper", user_end="stop", generic=()):
@@ -180,56 +230,113 @@ def check_session(session):
 
 # ------------------------------------------------------------------------------------------------------ file by file
 
-def build_file(path, extract, hindsight, goal="", not_in=frozenset()):
-    """All sessions of a log file -> (turns, ids seen, report lines). Sessions in `not_in` are set aside."""
-    turns, seen, aside, dropped, notes, shown = [], {}, Counter(), Counter(), Counter(), []
+def extractor(cfg, lex):
+    """-> (submit(utterances, goal, seed) -> future of the items of each utterance, None where it failed; llm source or None)"""
+    def at_once(extract):
+        def submit(utts, goal, seed):
+            future = Future()
+            future.set_result(extract(utts))
+            return future
+        return submit
+
+    if cfg.hindsight.source == "rules":
+        return at_once(functools.partial(extract_rules, lex=lex)), None
+    if cfg.hindsight.source == "annotations":
+        return at_once(extract_annotations), None
+    source = llm.open_source("extractor", cfg)
+
+    def submit(utts, goal, seed):
+        messages = extractor_messages(source.prompt, utts, goal, cfg.hindsight.generic)
+        return source.submit(messages, EXTRACT, functools.partial(check_items, utts=utts), seed)
+    return submit, source
+
+
+def agreement(results):
+    """Turns of a session by several extractions (lists of turns) -> a record a turn: the decisions and targets, the mean F1 of
+    all pairs of targets, and whether all decisions are one."""
+    by_id = [{t["turn_id"]: t for t in turns} for turns in results]
+    for turn_id in dict.fromkeys(i for turns in by_id for i in turns):
+        found = [turns[turn_id] for turns in by_id if turn_id in turns]
+        pairs = [f1(a["target"], b["target"]) for a, b in itertools.combinations(found, 2)]
+        yield {"turn_id": turn_id, "decisions": [t["decision"] for t in found], "targets": [t["target"] for t in found],
+               "f1": sum(pairs) / len(pairs) if pairs else None,
+               "same_decision": len(found) == len(results) and len({t["decision"] for t in found}) == 1}
+
+
+def build_file(path, out, checks, submit, source, h, goal="", not_in=frozenset()):
+    """All sessions of a log file -> turns, written to the open file `out` in input order. Sessions in `not_in` are set aside.
+    -> (ids seen, ids that gave turns, number of turns, report lines); with h.self_check > 1 agreement records go to `checks`."""
+    seen, used, aside, dropped, notes, shown, n = {}, [], Counter(), Counter(), Counter(), [], Counter()
 
     def set_aside(line, kind, detail):
         aside[kind] += 1
         if detail and aside[kind] <= SHOWN:
             shown.append(f"  {path}:{line}: set aside: {detail}")
 
-    for line, session in tqdm(read_jsonl(path, lambda line, why: set_aside(line, "bad line", why)),
-                              desc=str(path), unit=" sessions", disable=None):
-        bad, session_id = check_session(session), str(session.get("session_id"))
-        if bad and bad[0] in ("bad text", "no session_id"):
-            set_aside(line, *bad)
+    def sessions(lines):
+        for line, session in lines:
+            bad, session_id = check_session(session), str(session.get("session_id"))
+            if bad and bad[0] in ("bad text", "no session_id"):
+                set_aside(line, *bad)
+                continue
+            first = seen.setdefault(session_id, line)
+            if first != line:
+                bad = "duplicate session_id", f"session_id {session_id!r} already stands in line {first}"
+            elif session_id in not_in:
+                bad = "also in the training logs", f"session_id {session_id!r} also stands in the training logs"
+            if bad:
+                set_aside(line, *bad)
+                continue
+            yield session
+
+    def extract(session):
+        utts = utterances(session["messages"])
+        return [submit(utts, session.get("goal") or goal, seed) for seed in range(h.self_check)]
+
+    lines = read_jsonl(path, lambda line, why: set_aside(line, "bad line", why))
+    bar = tqdm(lines, desc=str(path), unit=" sessions", disable=None)
+    for session, extracted in llm.in_order(source, sessions(bar), extract):
+        n["sessions"] += 1
+        results = [build_turns(session, lambda _: facts, goal, h.stop_rule, h.user_end, h.generic)
+                   for facts in extracted if facts is not None]
+        if not results:
+            dropped["extraction failed"] += sum(u["role"] == "user" for u in utterances(session["messages"]))
             continue
-        first = seen.setdefault(session_id, line)
-        if first != line:
-            bad = "duplicate session_id", f"session_id {session_id!r} already stands in line {first}"
-        elif session_id in not_in:
-            bad = "also in the training logs", f"session_id {session_id!r} also stands in the training logs"
-        if bad:
-            set_aside(line, *bad)
-            continue
-        made, why = build_turns(session, extract, goal, hindsight.stop_rule, hindsight.user_end, hindsight.generic)
-        turns += made
-        dropped += why
+        made, why = results[0]
+        out.writelines(json.dumps(turn, ensure_ascii=False) + "\n" for turn in made)
+        checks.extend(agreement([turns for turns, _ in results]) if h.self_check > 1 else ())
+        used.extend([str(session["session_id"])] if made else [])
+        dropped.update(why)
+        wanted = [len(t["target"]) for t in made if t["decision"] == "continue"]
+        n.update(turns=len(made), go_on=len(wanted), wanted=sum(wanted))
         notes["blank messages left out"] += sum(is_blank(m["content"]) for m in session["messages"])
         notes["sessions without a goal (set data.goal)"] += not (session.get("goal") or goal)
-        notes["sessions"] += 1
-    used = notes.pop("sessions", 0)
-    wanted = [len(t["target"]) for t in turns if t["decision"] == "continue"]
-    report = [f"{path}: {used + sum(aside.values())} lines, {used} sessions used, {len(turns)} turns"]
-    if turns:
-        report[0] += (f" ({len(wanted) / len(turns):.1%} continue, {1 - len(wanted) / len(turns):.1%} stop), "
-                      f"mean size of I* where continue {sum(wanted) / max(len(wanted), 1):.2f}")
+        if source:
+            t = source.tally.n
+            bar.set_postfix_str(f"{t['calls']} calls, {t['cached']} cached, {t['invalid'] + t['failed']} failed, "
+                                f"{(t['tokens_in'] + t['tokens_out']) / 1e6:.2f}M tokens", refresh=False)
+    report = [f"{path}: {n['sessions'] + sum(aside.values())} lines, {n['sessions']} sessions used, {n['turns']} turns"]
+    if n["turns"]:
+        report[0] += (f" ({n['go_on'] / n['turns']:.1%} continue, {1 - n['go_on'] / n['turns']:.1%} stop), "
+                      f"mean size of I* where continue {n['wanted'] / max(n['go_on'], 1):.2f}")
     for what, counts in (("sessions set aside", aside), ("turns dropped", dropped), ("note", notes)):
-        report += [f"  {what}: {n} {kind}" for kind, n in counts.most_common() if n]
-    return turns, set(seen), report + shown
+        report += [f"  {what}: {k} {kind}" for kind, k in counts.most_common() if k]
+    if source:
+        report.append(f"  extractor: {llm.report(source)}")
+    return set(seen), used, n["turns"], report + shown
 
 
-def split_valid(turns, n, seed):
-    """Take n whole sessions out, chosen by a seeded hash of their ids (whatever their order) -> (rest, taken)."""
-    ids = sorted({t["session_id"] for t in turns}, key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
-    taken = set(ids[:n])
-    return [t for t in turns if t["session_id"] not in taken], [t for t in turns if t["session_id"] in taken]
+def pick_valid(ids, n, seed):
+    """n whole sessions, chosen by a seeded hash of their ids, whatever their order."""
+    return set(sorted(ids, key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())[:n])
 
 
 def made_with(cfg):
     """The config keys that decide what the turns are. They lie beside the turns, and later stages compare (check_made)."""
-    return {name: value for name, value in config.flatten(cfg).items() if name == "seed" or name.startswith("hindsight.")
+    prefixes = ["hindsight."] + ["llm.extractor."] * (cfg.hindsight.source == "llm")
+    aside = ("self_check", "base_url", "api_key_env", "concurrency", "timeout_s", "retries")
+    return {name: value for name, value in config.flatten(cfg).items() if name == "seed"
+            or name.startswith(tuple(prefixes)) and not name.endswith(aside)
             or name in ("data.logs", "data.eval_logs", "data.valid_sessions", "data.goal", "data.lexicon")}
 
 
@@ -246,33 +353,54 @@ def check_made(cfg):
 
 def main(argv=None):
     cfg = config.load(sys.argv[1:] if argv is None else argv, __doc__)
-    rules = cfg.hindsight.source == "rules"
-    config.need(cfg, "data.logs", *(["data.lexicon"] if rules else []))
+    config.need(cfg, "data.logs", *(["data.lexicon"] if cfg.hindsight.source == "rules" else []))
     lex = lexicon.load(cfg.data.lexicon) if cfg.data.lexicon else None
-    extract = functools.partial(extract_rules, lex=lex) if rules else extract_annotations
-    goal = cfg.data.goal or (lex.goal if lex else "")
-    files, ids = {"train": [], "eval": [], "valid": []}, frozenset()
-    for name, path in (("train", cfg.data.logs), ("eval", cfg.data.eval_logs)):
-        if not path:
-            continue
-        files[name], seen, report = build_file(path, extract, cfg.hindsight, goal, not_in=ids)
-        ids = ids | seen
-        print("\n".join(report))
-        if not files[name]:
-            raise InputError(f"{path} gave no turns, so nothing was written; the lines above say what was set aside")
-    if cfg.data.valid_sessions:
-        files["train"], files["valid"] = split_valid(files["train"], cfg.data.valid_sessions, cfg.seed)
-        if not files["train"]:
+    submit, source = extractor(cfg, lex)
+    goal, folder = cfg.data.goal or (lex.goal if lex else ""), Path(cfg.run_dir) / "turns"
+    ids, counts, checks = frozenset(), {}, []
+    with tempfile.TemporaryDirectory(prefix=".building.", dir=made_folder(folder)) as aside:
+        for name, path in (("train", cfg.data.logs), ("eval", cfg.data.eval_logs)):
+            if not path:
+                continue
+            with open(Path(aside) / name, "w", encoding="utf-8") as out:
+                seen, used, n, report = build_file(path, out, checks, submit, source, cfg.hindsight, goal, not_in=ids)
+            ids = ids | seen
+            counts[name] = n, used
+            print("\n".join(report))
+            if not n:
+                raise InputError(f"{path} gave no turns, so nothing was written; the lines above say what was set aside")
+        valid = pick_valid(counts["train"][1], cfg.data.valid_sessions, cfg.seed)
+        if valid and len(valid) == len(counts["train"][1]):
             raise InputError(f"data.valid_sessions={cfg.data.valid_sessions} leaves no session of {cfg.data.logs} to "
                              f"train on; lower it")
-    write_json(Path(cfg.run_dir) / "turns" / "made.json", made_with(cfg))
-    for name, turns in files.items():
-        path = Path(cfg.run_dir) / "turns" / f"{name}.jsonl"
-        if turns:
-            write_jsonl(path, turns)
-            print(f"wrote {path}: {len(turns)} turns of {len({t['session_id'] for t in turns})} sessions")
-        else:
-            path.unlink(missing_ok=True)  # what an earlier run with other settings left would mix with this one's
+        write_json(folder / "made.json", made_with(cfg))
+        with whole_file(folder / "train.jsonl") as train, whole_file(folder / "valid.jsonl") as held_out, \
+                open(Path(aside) / "train", encoding="utf-8") as lines:
+            for line in lines:
+                (held_out if json.loads(line)["session_id"] in valid else train).write(line)
+        if "eval" in counts:
+            (Path(aside) / "eval").replace(folder / "eval.jsonl")
+    for name, there in (("valid", valid), ("eval", "eval" in counts), ("self_check", checks)):
+        if not there:  # what an earlier run with other settings left would mix with this one's
+            (folder / f"{name}.jsonl").unlink(missing_ok=True)
+    if checks:
+        write_jsonl(folder / "self_check.jsonl", checks)
+        scored = [c["f1"] for c in checks if c["f1"] is not None]
+        print(f"self-check over {cfg.hindsight.self_check} extractions: mean F1 of I* {sum(scored) / max(len(scored), 1):.3f}, the "
+              f"same s* at {sum(c['same_decision'] for c in checks)} of {len(checks)} turns; {folder / 'self_check.jsonl'}")
+    for name in ("train", "eval", "valid"):
+        path = folder / f"{name}.jsonl"
+        if path.is_file():
+            n, sessions = 0, set()
+            for _, turn in read_jsonl(path):
+                n += 1
+                sessions.add(turn["session_id"])
+            print(f"wrote {path}: {n} turns of {len(sessions)} sessions")
+
+
+def made_folder(path):
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 if __name__ == "__main__":

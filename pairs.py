@@ -3,14 +3,16 @@
     python pairs.py cfg.yaml [key=value ...]      # turns/train.jsonl -> run_dir/pairs.jsonl, one pair a line
 
 chosen    what the expert did: the next utterance at a continue turn, exactly <stop /> at a stop turn
-rejected  an utterance irrelevant to anything in the conversation: an expert's question from another session about another
+rejected  an utterance irrelevant to anything in the conversation: written by a language model (llm.writer), as in the paper
+          (arXiv 2510.25441); or, where llm.writer.model is not set, an expert's question from another session about another
           complaint, none of whose attributes matters to this complaint, is mentioned in this conversation (up to this turn
           or after it), or is generic
 
-The paper (arXiv 2510.25441) has an LLM write the rejected answers; these need only the lexicon. Turns whose complaint the
-lexicon does not recognise, or for which nothing irrelevant was ever asked, get no pair and are counted.
+Turns whose complaint the lexicon does not recognise, for which nothing irrelevant was ever asked, or for which the model failed,
+get no pair and are counted.
 """
 import itertools
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,9 +22,10 @@ from tqdm import tqdm
 
 import config
 import lexicon
+import llm
 import training
 from data import InputError, cli, expert_answer, load_turns, write_jsonl
-from hindsight import same, slot_key
+from hindsight import same, slot_key, spoken
 
 
 def complaint_in(turn, lex):
@@ -41,6 +44,11 @@ def questions_asked(turns, complaints, lex):
             if asked:
                 out.append((turn["session_id"], complaint, text, asked, turn["turn_id"]))
     return out
+
+
+def pair_of(turn, rejected, origin):
+    return {**{k: turn[k] for k in ("turn_id", "session_id", "goal", "context", "decision") if k in turn},
+            "chosen": expert_answer(turn), "rejected": rejected, "rejected_from": origin}
 
 
 def build_pairs(turns, lex, generic=(), seed=0):
@@ -64,20 +72,46 @@ def build_pairs(turns, lex, generic=(), seed=0):
         if not found:
             left_out["no irrelevant utterance in the logs"] += 1
             continue
-        pairs.append({**{k: turn[k] for k in ("turn_id", "session_id", "goal", "context", "decision") if k in turn},
-                      "chosen": expert_answer(turn), "rejected": found[0], "rejected_from": found[1]})
+        pairs.append(pair_of(turn, *found))
+    return pairs, left_out
+
+
+def check_utterance(reply):
+    if not isinstance(reply.get("utterance"), str) or not reply["utterance"].strip():
+        raise ValueError("'utterance' must be a non-empty text")
+    return reply["utterance"].strip()
+
+
+def written_pairs(turns, source):
+    """Pairs whose rejected answer a language model writes -> (pairs, Counter of turns left out by reason)."""
+    def ask(turn):
+        shown = json.dumps({"conversation": spoken(turn["context"])}, ensure_ascii=False)
+        return [source.submit([{"role": "system", "content": source.prompt.replace("{goal}", turn.get("goal") or "")},
+                               {"role": "user", "content": shown}], llm.object_schema(utterance={"type": "string"}), check_utterance)]
+
+    pairs, left_out = [], Counter()
+    for turn, (text,) in llm.in_order(source, tqdm(turns, desc="pairs", unit=" turns", disable=None), ask):
+        if text in (None, expert_answer(turn)):
+            left_out["the language model failed" if text is None else "it wrote what the expert said"] += 1
+        else:
+            pairs.append(pair_of(turn, text, source.s.model))
+    print(f"  writer: {llm.report(source)}")
     return pairs, left_out
 
 
 def main():
     cfg = config.load(sys.argv[1:], __doc__)
-    config.need(cfg, "data.lexicon")
     turns, out = load_turns(training.turns_file(cfg, "train")), Path(cfg.run_dir) / "pairs.jsonl"
-    pairs, left_out = build_pairs(turns, lexicon.load(cfg.data.lexicon), cfg.hindsight.generic, cfg.seed)
+    if cfg.llm.writer.model:
+        pairs, left_out = written_pairs(turns, llm.open_source("writer", cfg))
+    else:
+        config.need(cfg, "data.lexicon")
+        pairs, left_out = build_pairs(turns, lexicon.load(cfg.data.lexicon), cfg.hindsight.generic, cfg.seed)
     for reason, n in left_out.most_common():
         print(f"  turns left out: {n} {reason}")
     if not pairs:
-        raise InputError(f"{cfg.data.lexicon} gives no pair for any of {len(turns)} turns: see the reasons above")
+        raise InputError(f"{cfg.llm.writer.model or cfg.data.lexicon} gives no pair for any of {len(turns)} turns: see the reasons "
+                         f"above")
     write_jsonl(out, pairs)
     for pair in pairs[:3]:
         print(f"  {pair['context'][-1]['content']!r} -> {pair['chosen']!r} rather than {pair['rejected']!r}")

@@ -1,4 +1,4 @@
-"""What a candidate answer is worth: R = R_s (1 + beta R_a) + Omega (arXiv 2510.25441), graded by rules.
+"""What a candidate answer is worth: R = R_s (1 + beta R_a) + Omega (arXiv 2510.25441), graded by rules or by a language model.
 
     R_s    1 where the decision (ask on, or stop) equals s*
     R_a    1 asks for an element of I*, 0.5 relevant but not precise, 0 irrelevant or already answered;
@@ -8,9 +8,15 @@
 A wrong decision has R_a = 0, so `sum` (R_a + R_s + Omega) is `product` with beta = 1 in every outcome: comparing the
 two compares beta 1 with beta 2.
 """
+import json
+
+import config
 import lexicon
+import llm
 from data import STOP
-from hindsight import same, slot_key
+from hindsight import same, slot_key, spoken
+
+OMEGA = {1: 1.0, 2: 0.5}  # by the number of questions; else 0
 
 
 def decision(response):
@@ -35,7 +41,7 @@ def omega_rule(response, decided, lex=None):
     n = lexicon.questions(response)
     if lex and n in (1, 2):  # without a question mark nothing is asked; three are too many already
         n = max(n, len(lexicon.asked(response, lex, strict=False)))
-    return {1: 1.0, 2: 0.5}.get(n, 0.0)
+    return OMEGA.get(n, 0.0)
 
 
 def fuse(r_a, right, omega, mode="product", beta=2.0):
@@ -77,26 +83,69 @@ def grade_rules(turn, response, lex):
     return 0.5 if any(hits) or any(a in relevant and a not in known for a in asked) else 0.0
 
 
-def grade_one(turn, response, cfg, lex, sample=0):
-    """One candidate -> its graded record. The grader is asked only where truth and decision are both continue."""
+# The language model as grader. What a group shares (instructions, conversation, I*) comes first and the candidate last, so that a
+# server's prefix cache computes the shared part once. All texts are JSON strings: none can close its own delimiters.
+GRADE = llm.object_schema(score={"type": "number", "enum": [0, 0.5, 1]}, questions={"type": "integer"})
+
+
+def grader_messages(prompt, turn, response):
+    shared = json.dumps({"conversation": spoken(turn["context"]), "targets": turn["target"]}, ensure_ascii=False)
+    return [{"role": "system", "content": prompt.replace("{goal}", turn.get("goal") or "")},
+            {"role": "user", "content": f"{shared}\n\nCandidate: {json.dumps(response, ensure_ascii=False)}"}]
+
+
+def check_grade(reply):
+    """-> (R_a, questions); ValueError where the reply is no grade."""
+    score, n = reply.get("score"), reply.get("questions")
+    if isinstance(score, bool) or score not in (0, 0.5, 1):
+        raise ValueError(f"score must be 0, 0.5 or 1, not {score!r}"[:200])
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise ValueError(f"questions must be a whole number, not {n!r}"[:200])
+    return float(score), n
+
+
+def judges(cfg):
+    """-> (lexicon, or None where the rules grader is not used and none is named; language model as grader, or None)."""
+    if cfg.reward.grader == "rules":
+        config.need(cfg, "data.lexicon")
+    lex = lexicon.load(cfg.data.lexicon) if cfg.data.lexicon else None
+    return lex, llm.open_source("grader", cfg) if cfg.reward.grader == "llm" else None
+
+
+def needs_grader(turn, response, cfg):
+    """The grader is asked only where truth and decision are both continue."""
+    return cfg.reward.grader == "llm" and turn["decision"] == decision(response) == "continue"
+
+
+def grade_one(turn, response, cfg, lex, sample=0, verdict=None):
+    """One candidate -> its graded record. verdict: what the language model said (check_grade's pair, None: it failed)."""
     truth, decided = turn["decision"], decision(response)
-    right = r_s(truth, decided)
+    right, asked = r_s(truth, decided), needs_grader(turn, response, cfg)
     if not right:
         r_a = 0.0
+    elif decided == "stop":
+        r_a = 1.0
     else:
-        r_a = 1.0 if decided == "stop" else grade_rules(turn, response, lex)
-    scored = right or cfg.reward.omega_when_wrong == "score"
-    omega = omega_rule(response, decided, lex) if scored else 0.0
+        r_a = (verdict and verdict[0]) if asked else grade_rules(turn, response, lex)
+    if not (right or cfg.reward.omega_when_wrong == "score"):
+        omega = 0.0
+    elif asked and cfg.reward.omega == "llm":
+        omega = verdict and OMEGA.get(verdict[1], 0.0)
+    else:
+        omega = omega_rule(response, decided, lex)
     return {"turn_id": turn["turn_id"], "sample": sample, "response": response, "truth": truth, "decision": decided,
             "r_a": r_a, "r_s": right, "omega": omega,
             "reward": fuse(r_a, right, omega, cfg.reward.mode, cfg.reward.beta)}
 
 
-def grade(turns, responses, cfg, lex):
+def grade(turns, responses, cfg, lex, verdicts=None):
     """responses[i] are the candidates at turns[i] -> flat list of graded records, in that order. Identical candidates
-    of a turn are graded once."""
+    of a turn are graded once. verdicts: {(turn_id, response): future} of the language model's."""
     records = []
     for turn, candidates in zip(turns, responses, strict=True):
-        unique = {r: grade_one(turn, r, cfg, lex) for r in dict.fromkeys(candidates)}
+        unique = {}
+        for r in dict.fromkeys(candidates):
+            verdict = verdicts[turn["turn_id"], r].result() if needs_grader(turn, r, cfg) else None
+            unique[r] = grade_one(turn, r, cfg, lex, verdict=verdict)
         records += [{**unique[r], "sample": i} for i, r in enumerate(candidates)]
     return records

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import llm
 import model as decoder
 import parallel
 import reward
@@ -75,7 +76,7 @@ def attend_merged(q, group, G, prompt_k, prompt_v, prompt_len, own_k, own_v, own
     q [n, A, D]; group [n] = place of the row among B * G; prompt_k, prompt_v [B, K, P, D], prompt_len [B];
     own_k, own_v [n, K, T, D], own_len [n] -> [n, A, D]. The prompt's keys are read once for the G rows of a group.
     """
-    (n, A, D), (B, K, P) = q.shape, prompt_k.shape[:3]
+    (n, A, D), (B, K) = q.shape, prompt_k.shape[:2]
     rep = A // K
 
     def part(queries, keys, values, length):  # [X, K, Y, D], [X, K, Z, D], length [X] -> output and log-sum-exp
@@ -201,12 +202,13 @@ class Slots:
 
 @torch.no_grad()
 def generate(model, prompts, *, samples, max_new_tokens, temperature, ends, seed, top_p=1.0, keys=None, max_rows=320,
-             max_prompts=None, bar=None):
+             max_prompts=None, bar=None, on_answer=None):
     """Sample G answers to each prompt. -> list (per prompt) of lists (per sample) of Answer.
 
     prompts: lists of token ids; ends: ids that end an answer; keys: a tuple of ints per prompt that names its noise
     (default: its index); max_rows: answers decoded at once; max_prompts: prompts held at once
-    (default: what max_rows / samples makes); both bound the KV cache; bar: a tqdm bar that counts finished answers.
+    (default: what max_rows / samples makes); both bound the KV cache; bar: a tqdm bar that counts finished answers;
+    on_answer(prompt's index, Answer): called for each as it ends.
     """
     if not prompts:
         return []
@@ -245,6 +247,8 @@ def generate(model, prompts, *, samples, max_new_tokens, temperature, ends, seed
             answers[i][g] = Answer(tokens, logprobs, finish, temperature, top_p)
             if bar is not None:
                 bar.update()
+            if on_answer is not None:
+                on_answer(i, answers[i][g])
     return answers
 
 
@@ -267,28 +271,47 @@ def text_of(tokenizer, answer, ends):
     return tokenizer.decode(tokens)
 
 
-def sample_graded(model, tokenizer, turns, prompts, keys, cfg, lexicon, ends, *, samples, temperature, top_p=1.0,
+def sample_graded(model, tokenizer, turns, prompts, keys, cfg, lexicon, ends, grader=None, *, samples, temperature, top_p=1.0,
                   desc="rollout", leave=True):
     """A rollout phase: each rank samples and grades its share of the turns; all get everything (collective).
 
-    -> (answers [turn][sample], graded records [turn][sample], seconds of sampling and grading on this rank).
+    A language model (grader) is asked as soon as an answer is there, once for identical answers to a turn, while others are
+    still being sampled. -> (answers [turn][sample], graded records [turn][sample], figures: seconds of sampling and of grading
+    beyond it on this rank, and over all ranks what the grader did).
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    mine = list(range(rank, len(turns), world))
+    mine, verdicts = list(range(rank, len(turns), world)), {}
+
+    def ask(i, answer):
+        turn, text = turns[mine[i]], text_of(tokenizer, answer, ends)
+        if (turn["turn_id"], text) not in verdicts and reward.needs_grader(turn, text, cfg):
+            verdicts[turn["turn_id"], text] = grader.submit(reward.grader_messages(grader.prompt, turn, text), reward.GRADE,
+                                                            reward.check_grade)
+
     start = time.perf_counter()
     with decoder.gathered(model), tqdm(total=len(mine) * samples, unit="answer", desc=desc, leave=leave, disable=rank > 0) as bar:
         answers = generate(model, [prompts[i] for i in mine], keys=[keys[i] for i in mine], seed=cfg.seed, samples=samples,
                            temperature=temperature, top_p=top_p, ends=ends, max_new_tokens=cfg.rollout.max_new_tokens,
-                           max_rows=cfg.rollout.max_rows, bar=bar,
+                           max_rows=cfg.rollout.max_rows, bar=bar, on_answer=ask if grader else None,
                            max_prompts=max(1, cfg.rollout.max_rows // cfg.rollout.samples))
     sampled = time.perf_counter()
     texts = [[text_of(tokenizer, a, ends) for a in group] for group in answers]
-    flat = reward.grade([turns[i] for i in mine], texts, cfg, lexicon)
+    if grader:
+        grader.drain()
+    flat, down = [], None
+    try:
+        flat = reward.grade([turns[i] for i in mine], texts, cfg, lexicon, verdicts)
+    except llm.Unanswered as error:  # on this rank: the others must learn of it
+        down = str(error)
     graded = [flat[i * samples:(i + 1) * samples] for i in range(len(mine))]
-    seconds = {"rollout_s": sampled - start, "grade_s": time.perf_counter() - sampled}
-    shares = parallel.all_gather((answers, graded))
+    figures = {"rollout_s": sampled - start, "grade_s": time.perf_counter() - sampled}
+    shares = parallel.all_gather((answers, graded, grader and grader.tally.take(), down))
+    if any(share[3] for share in shares):
+        raise llm.Unanswered(next(share[3] for share in shares if share[3]))
     answers, graded = ([shares[i % world][part][i // world] for i in range(len(turns))] for part in (0, 1))
-    return answers, graded, seconds
+    if grader:
+        figures |= {f"grade_{k}": v for k, v in llm.summary([share[2] for share in shares]).items()}
+    return answers, graded, figures
 
 
 def read_prompts(path, tokenizer):

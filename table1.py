@@ -25,6 +25,7 @@ import numpy as np
 import checkpoint
 import config
 import eval as evaluation
+import llm
 import model as decoder
 import training
 from data import InputError, cli, identity, write_json, write_text
@@ -107,7 +108,7 @@ def summarise(runs):
         if better in rows and worse in rows:
             k = COLUMNS.index(metric)
             entry = {"better": better, "worse": worse, "metric": metric,
-                     "paper": {size: round(PAPER[better][1 + i][k] - PAPER[worse][1 + i][k], 2) for i, size in enumerate(("7b", "32b"))}}
+                     "paper": {size: round(PAPER[better][i][k] - PAPER[worse][i][k], 2) for i, size in ((1, "7b"), (2, "32b"))}}
             for how in ("sampled", "greedy"):
                 found = paired(rows[better][how], rows[worse][how], metric)
                 entry[how] = found and {"difference": found[0], "interval": found[1], "verdict": verdict(*found[1])}
@@ -134,8 +135,8 @@ def markdown(summary):
     heads, lines = [c.upper().replace("_", "-") for c in COLUMNS], []
     decodings = ", ".join(dict.fromkeys(r["decoding"] for r in summary["rows"].values()))
     for how, title in (("sampled", f"Sampled ({decodings})"), ("greedy", "Greedy")):
-        lines += [f"**{title}**, with 95% intervals (bootstrap by session)" + ("; under each row the paper's figures at 7B / 32B"
-                                                                              if how == "sampled" else ""), ""]
+        beside = "; under each row the paper's figures at 7B / 32B" if how == "sampled" else ""
+        lines += [f"**{title}**, with 95% intervals (bootstrap by session){beside}", ""]
         grid = [["", *heads, "top share", "distinct", "n", "failed"]]
         for name, r in summary["rows"].items():
             m = r[how]
@@ -194,8 +195,10 @@ def run_row(path, overrides, nproc):
     """Bring one row to its end; nothing is done where it is there already. -> its run folder."""
     cfg = config.load([path, *overrides])
     run, stamp = Path(cfg.run_dir), Path(cfg.run_dir) / "row.json"
-    config.need(cfg, "model.path", "data.logs", "data.eval_logs", "data.lexicon")
-    files = {name: config.flatten(cfg)[name] for name in ("data.logs", "data.eval_logs", "data.lexicon", "data.prompt", "data.prompt_no_stop")}
+    config.need(cfg, "model.path", "data.logs", "data.eval_logs")
+    names = ["data.logs", "data.eval_logs", "data.lexicon", "data.prompt", "data.prompt_no_stop"]
+    names += [f"llm.{role}.prompt" for role in llm.PROMPTS]
+    files = {name: file for name in names if (file := config.flatten(cfg)[name])}
     for name, file in files.items():
         if not Path(file).is_file():
             raise InputError(f"{path}: {name}={file} does not exist")

@@ -24,6 +24,7 @@ import torch
 
 import config
 import eval as evaluation
+import llm
 import pack
 import parallel
 import rollout
@@ -252,16 +253,23 @@ def main():
         raise InputError(f"train.loss={t.loss}: train_grpo.py has no function {t.loss}_loss (it has {', '.join(LOSSES)}; sft and "
                          f"dpo are train_sft.py's and train_dpo.py's)")
     turns, prompts = training.training_turns(cfg, run.tokenizer)
-    training.load(run, len(turns), [Path(cfg.run_dir) / "turns" / "train.jsonl", cfg.data.lexicon, training.policy_prompt(cfg)])
+    sources = [Path(cfg.run_dir) / "turns" / "train.jsonl", training.policy_prompt(cfg), cfg.data.lexicon]
+    training.load(run, len(turns), [s for s in [*sources, run.grader and run.grader.prompt_file] if s])
     reference = parallel.load_sharded(run.folder, run.device, run.dtype, trainable=False) if t.kl_coef else None
     while run.step < run.total:
         # Sample and grade the prompts of the next steps_per_sync steps, all from the same weights.
         steps = min(t.steps_per_sync, run.total - run.step)
         positions = run.positions(steps)
         indices = training.stream(len(turns), positions.start, positions.stop, cfg.seed)
-        answers, graded, seconds = rollout.sample_graded(
-            run.model, run.tokenizer, [turns[i] for i in indices], [prompts[i] for i in indices], [(0, p) for p in positions], cfg,
-            run.lex, run.ends, samples=cfg.rollout.samples, temperature=cfg.rollout.temperature, leave=False)
+        try:
+            answers, graded, phase = rollout.sample_graded(
+                run.model, run.tokenizer, [turns[i] for i in indices], [prompts[i] for i in indices], [(0, p) for p in positions],
+                cfg, run.lex, run.ends, run.grader, samples=cfg.rollout.samples, temperature=cfg.rollout.temperature, leave=False)
+        except llm.Unanswered:  # on all ranks
+            if run.step:
+                training.save(run)
+            raise
+        training.check_failed(run, graded)
         groups = [Group(prompts[i], a, [math.nan if g["reward"] is None else g["reward"] for g in records])
                   for i, a, records in zip(indices, answers, graded)]
         of_step = [slice(i * t.prompts_per_step, (i + 1) * t.prompts_per_step) for i in range(steps)]
@@ -274,7 +282,8 @@ def main():
             began = time.perf_counter()
             training.set_lr(run)
             trained = train_step(run, reference, batch, i == 0)
-            training.end_step(run, {**figures_of(graded[s], groups[s]), **trained, **{k: v / steps for k, v in seconds.items()},
+            shared = {k: v if k.startswith("grade_p") else v / steps for k, v in phase.items()}  # by the steps of the phase
+            training.end_step(run, {**figures_of(graded[s], groups[s]), **trained, **shared,
                                     "train_s": time.perf_counter() - began}, boundary=i == steps - 1)
     training.finish(run)
 

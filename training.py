@@ -3,7 +3,6 @@
 train_grpo.py, train_sft.py and train_dpo.py each hold their own loss and loop and call these functions in turn:
 start -> (their data) -> load -> for each step: set_lr, optimizer_step, end_step -> finish.
 """
-import dataclasses
 import hashlib
 import math
 import time
@@ -21,6 +20,7 @@ import lexicon
 import model as decoder
 import pack
 import parallel
+import reward
 import rollout
 from data import InputError, encode_answer, encode_prompts, load_prompt, load_tokenizer, load_turns, write_jsonl
 
@@ -68,7 +68,8 @@ class Run:
     folder: Path  # the base model
     tokenizer: object
     ends: set
-    lex: lexicon.Lexicon
+    lex: lexicon.Lexicon  # or None
+    grader: object  # llm's source, or None where rules grade
     held_out: tuple  # (turns, prompts) for evaluation during training, or None
     model: torch.nn.Module = None
     optimizer: torch.optim.Optimizer = None
@@ -88,7 +89,7 @@ class Run:
 
 def start(cfg, script):
     """Process group, run folder, tokenizer, lexicon and held-out turns; everything a user can mend is checked first."""
-    config.need(cfg, "model.path", "data.lexicon")
+    config.need(cfg, "model.path")
     if script_of(cfg.train.loss) != script:
         raise InputError(f"train.loss={cfg.train.loss} is what {script_of(cfg.train.loss)} trains with, not {script}")
     if cfg.train.steps == 0:
@@ -97,8 +98,9 @@ def start(cfg, script):
     checkpoint.open_run(cfg, rank)
     folder = decoder.resolve(cfg.model.path)
     tokenizer = load_tokenizer(folder)
+    lex, grader = reward.judges(cfg)
     return Run(cfg, rank, world, device, parallel.compute_dtype(cfg.model.dtype, device), folder, tokenizer,
-               rollout.end_ids(folder, tokenizer), lexicon.load(cfg.data.lexicon), held_out_turns(cfg, tokenizer))
+               rollout.end_ids(folder, tokenizer), lex, grader, held_out_turns(cfg, tokenizer))
 
 
 def turns_file(cfg, name):
@@ -142,7 +144,8 @@ def encode_trees(run, prompts, texts):
         raise InputError(f"{len(too_long)} of {len(prompts)} examples hold an answer longer than rollout.max_new_tokens="
                          f"{cfg.rollout.max_new_tokens}; raise it to {max(too_long)}, or set data.long_prompts=drop to leave them out")
     if too_long and run.rank == 0:
-        print(f"left out {len(too_long)} of {len(prompts)} examples: answers longer than rollout.max_new_tokens={cfg.rollout.max_new_tokens}")
+        print(f"left out {len(too_long)} of {len(prompts)} examples: answers longer than rollout.max_new_tokens="
+              f"{cfg.rollout.max_new_tokens}")
     return trees
 
 
@@ -189,8 +192,7 @@ def optimizer_step(run):
 
 def end_step(run, record, boundary=True):
     """Count and log a step; at a sync boundary evaluate and save where due. Several bad steps in a row end the run."""
-    cfg, t = run.cfg, run.cfg.train
-    lr = run.optimizer.param_groups[0]["lr"]
+    t, lr = run.cfg.train, run.optimizer.param_groups[0]["lr"]
     run.step += 1
     run.bad = 0 if record["finite"] else run.bad + 1
     # null: nothing was computed, or it is not finite (JSON has no NaN)
@@ -205,22 +207,38 @@ def end_step(run, record, boundary=True):
                          f"start in a new run_dir (copy turns/ there, and checkpoints/ to go on from the last)")
     if boundary:
         if due(t.checkpoint_every, run.synced, run.step, run.total):
-            checkpoint.save(Path(cfg.run_dir) / "checkpoints", run.step, run.model, run.optimizer,
-                            {"bad_steps": run.bad, "inputs": run.inputs}, t.keep_checkpoints)
+            save(run)
         run.synced = run.step
 
 
+def save(run):
+    checkpoint.save(Path(run.cfg.run_dir) / "checkpoints", run.step, run.model, run.optimizer,
+                    {"bad_steps": run.bad, "inputs": run.inputs}, run.cfg.train.keep_checkpoints)
+
+
+def check_failed(run, graded):
+    """Too many failed gradings in a rollout phase end the run, at a checkpoint (collective)."""
+    asked = [g for group in graded for g in group if reward.needs_grader({"decision": g["truth"]}, g["response"], run.cfg)]
+    failed = sum(g["reward"] is None for g in asked)
+    if failed > run.cfg.reward.max_failed * len(asked):
+        if run.step:
+            save(run)
+        raise InputError(f"{failed} of {len(asked)} gradings failed after step {run.step}, more than reward.max_failed="
+                         f"{run.cfg.reward.max_failed} of them (the last on this rank: {run.grader.tally.why}): look at the grader "
+                         f"({run.cfg.llm.grader.model}); the same command goes on from here")
+
+
 def evaluate(run):
-    return evaluation.metrics(evaluation.evaluate(run.model, run.tokenizer, *run.held_out, run.cfg, run.lex, run.ends))
+    return evaluation.metrics(evaluation.evaluate(run.model, run.tokenizer, *run.held_out, run.cfg, run.lex, run.ends, run.grader))
 
 
 def show_groups(run, when):
     """Sample a group of answers at a few held-out turns, graded as in evaluation, for report.html (collective)."""
     picked = range(0, len(run.held_out[0]), max(1, len(run.held_out[0]) // GROUPS_SHOWN))[:GROUPS_SHOWN]
     turns, prompts = ([part[i] for i in picked] for part in run.held_out)
-    cfg, r = dataclasses.replace(run.cfg, reward=config.Reward()), run.cfg.rollout
+    cfg, r = evaluation.full_reward(run.cfg), run.cfg.rollout
     _, graded, _ = rollout.sample_graded(run.model, run.tokenizer, turns, prompts, [(3, i) for i in picked], cfg, run.lex, run.ends,
-                                         samples=r.samples, temperature=r.temperature, desc=f"groups {when}", leave=False)
+                                         run.grader, samples=r.samples, temperature=r.temperature, desc=f"groups {when}", leave=False)
     if run.rank == 0:
         write_jsonl(Path(run.cfg.run_dir) / f"groups_{when}.jsonl",
                     [{"turn": turn, "graded": group} for turn, group in zip(turns, graded)])

@@ -18,6 +18,7 @@ import rollout
 import train_dpo
 import train_grpo
 from data import InputError
+from llm_server import Server
 from test_train import LEXICON, REPO, make_world, marks_checkpoint  # noqa: F401 (a fixture)
 
 
@@ -218,7 +219,7 @@ def test_the_configs_load(path):
     cfg = config.load([str(REPO / path)])
     for prompt in (cfg.data.prompt, cfg.data.prompt_no_stop):
         assert "{goal}" in (REPO / prompt).read_text()
-    assert cfg.model.path and cfg.data.logs and cfg.data.lexicon
+    assert cfg.model.path and cfg.data.logs and (cfg.data.lexicon or cfg.llm.grader.model)
 
 
 def test_every_config_has_a_run_dir_of_its_own():
@@ -241,6 +242,10 @@ TRAIN = {
     "reward.mode": ([], "sum"),
     "reward.beta": (["reward.mode=no_ra"], 3.0),
     "reward.omega_when_wrong": ([], "score"),
+    "reward.grader": (["llm.grader.model=toy", "llm.grader.base_url=SERVER", "llm.grader.prompt=OTHER_GRADER"], "llm"),
+    "reward.omega": (["reward.grader=llm", "llm.grader.model=toy", "llm.grader.base_url=SERVER", "llm.grader.prompt=OTHER_GRADER"], "llm"),
+    "llm.grader.prompt": (["reward.grader=llm", "reward.omega=llm", "llm.grader.model=toy", "llm.grader.base_url=SERVER"], "OTHER_GRADER"),
+    "llm.cache": (["reward.grader=llm", "llm.grader.model=toy", "llm.grader.base_url=SERVER"], "HERE/cache.sqlite"),
     "rollout.samples": ([], 3),
     "rollout.temperature": ([], 0.6),
     "rollout.max_new_tokens": ([], 5),
@@ -284,6 +289,8 @@ BUILD = {
     "data.goal": ([], "another goal"),
     "data.lexicon": ([], "OTHER_LEXICON"),
     "hindsight.source": ([], "annotations"),
+    "hindsight.self_check": (["hindsight.source=llm", "llm.extractor.model=toy", "llm.extractor.base_url=SERVER"], 2),
+    "llm.extractor.prompt": (["hindsight.source=llm", "llm.extractor.model=toy", "llm.extractor.base_url=SERVER"], "OTHER_EXTRACTOR"),
     "hindsight.stop_rule": ([], "last_turn"),
     "hindsight.user_end": ([], "drop"),
     "hindsight.generic": ([], ["duration"]),
@@ -294,7 +301,10 @@ ELSEWHERE = {  # what bounds memory or only decides whether to go on: no figure 
     "rollout.max_prompt_tokens": "test_train.py: test_bad_input[long prompts]",
     "rollout.max_rows": "below: test_max_rows_bounds_the_rows_decoded_at_once",
     "train.tokens_per_microbatch": "test_train.py: test_micro_batches_do_not_change_the_gradient counts the micro-batches",
-}
+    "reward.max_failed": "test_llm.py: test_a_few_failed_gradings_do_not_stop_training and the one before it",
+    "llm.writer.prompt": "test_llm.py: test_every_key_of_a_role_acts",
+} | {f"llm.{role}.{key}": "test_llm.py: test_every_key_of_a_role_acts, test_source_local_is_a_checkpoint" for role in ("extractor", "grader", "writer")
+     for key in ("source", "model", "base_url", "api_key_env", "temperature", "max_tokens", "concurrency", "timeout_s", "retries")}
 
 
 def test_every_key_is_shown_to_act():
@@ -321,9 +331,13 @@ def world(tmp_path_factory, marks_checkpoint, tiny_checkpoint):  # noqa: F811
             dict(role="assistant", content="Anything else?"), dict(role="user", content="no")]))
     for name, rows in (("logs", logs), ("other", [dict(r, session_id=r["session_id"] + 10) for r in logs[:3]])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path, {"OTHER_MODEL": str(tiny_checkpoint), "OTHER_PROMPT": write(folder / "other.md", "Other. {goal}"),
-                  "OTHER_LEXICON": write(folder / "other.yaml", yaml.safe_dump(other)), "LOGS": str(folder / "logs.jsonl"),
-                  "OTHER_LOGS": str(folder / "other.jsonl")}
+    (folder / "grader.md").write_text('Be kind. {goal} {"score": 1}\nExample: candidate "What color?" -> 0.5')
+    (folder / "extractor.md").write_text('List all. {goal} {generic} {"items": []}')
+    with Server(folder / "lexicon.yaml") as server:
+        yield path, {"SERVER": server.url, "OTHER_GRADER": str(folder / "grader.md"), "OTHER_EXTRACTOR": str(folder / "extractor.md"),
+                     "OTHER_MODEL": str(tiny_checkpoint), "OTHER_PROMPT": write(folder / "other.md", "Other. {goal}"),
+                     "OTHER_LEXICON": write(folder / "other.yaml", yaml.safe_dump(other)), "LOGS": str(folder / "logs.jsonl"),
+                     "OTHER_LOGS": str(folder / "other.jsonl")}
 
 
 @pytest.fixture(scope="module")
@@ -334,21 +348,27 @@ def outcomes():
 CANNED = ["How long?", "How long? Any color?", "What color?", "<stop />", "Bye <stop />", "cough"]  # a tiny model only babbles
 
 
+def filled(overrides, world, tmp_path):
+    """Placeholders as values -> what they stand for."""
+    places = world[1] | {"HERE/cache.sqlite": str(tmp_path / "cache.sqlite")}
+    return [f"{name}={places.get(value, value)}" for name, _, value in (o.partition("=") for o in overrides)]
+
+
 def trained(world, tmp_path, monkeypatch, overrides):
     """A short training run -> everything it did that a user can see: answers, figures, weights, files, what W&B was told.
 
-    For the grading each distinct answer is replaced by one of CANNED, so that every branch of the reward is met.
+    Each distinct answer is then read as one of CANNED, so that every branch of the reward is met.
     """
     path, _ = world
     run = tmp_path / "r"
     said, told = [], []
-    grade = reward.grade
+    grade, text_of, overrides = reward.grade, rollout.text_of, filled(overrides, world, tmp_path)
     with monkeypatch.context() as m:
-        def recorded(turns, texts, *rest):
-            canned = [[CANNED[sum(text.encode()) % len(CANNED)] for text in group] for group in texts]
-            said.append((texts, grade(turns, canned, *rest)))
-            return said[-1][1]
-        m.setattr(reward, "grade", recorded)
+        def canned(*answer):
+            said.append(text_of(*answer))
+            return CANNED[sum(said[-1].encode()) % len(CANNED)]
+        m.setattr(rollout, "text_of", canned)
+        m.setattr(reward, "grade", lambda *a: said.append(grade(*a)) or said[-1])
         m.setitem(sys.modules, "wandb", SimpleNamespace(
             init=lambda **how: told.append([how["mode"], how["project"]]) or SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None)))
         m.chdir(REPO)
@@ -372,10 +392,11 @@ def trained(world, tmp_path, monkeypatch, overrides):
 def built(world, tmp_path, monkeypatch, overrides):
     """hindsight.py on a small log -> the turns it wrote."""
     path, places = world
+    overrides = filled(overrides, world, tmp_path)
     with monkeypatch.context() as m, redirect_stdout(io.StringIO()):
         m.setattr(sys, "argv", ["hindsight.py", str(path), f"data.logs={places['LOGS']}", *overrides, f"run_dir={tmp_path}"])
         hindsight.main()
-    return {p.name: p.read_text() for p in (tmp_path / "turns").iterdir()}
+    return {p.name: p.read_text() for p in (tmp_path / "turns").glob("*.jsonl")}
 
 
 @pytest.mark.parametrize("stage, name", [(s, n) for s, keys in (("train", TRAIN), ("build", BUILD)) for n in keys])
@@ -391,7 +412,7 @@ def test_every_key_changes_something(stage, name, world, outcomes, tmp_path, mon
     without, with_it = outcomes[key], act(world, tmp_path / "with", monkeypatch, [*context, f"{name}={text}"])
     assert with_it != without
     if stage == "train" and name not in ("run_dir", "train.keep_checkpoints", "train.checkpoint_every", "wandb.mode", "wandb.project",
-                                         "train.eval_every") and not name.startswith(("eval.", "data.valid")):
+                                         "train.eval_every", "llm.cache") and not name.startswith(("eval.", "data.valid")):
         assert with_it["weights"] != without["weights"]  # a key of training trains another model
     elif stage == "train":
         assert with_it["weights"] == without["weights"]  # a key of logging and looking does not

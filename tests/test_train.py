@@ -1,4 +1,5 @@
 """The optimizer step and the loop: micro-batches, ranks, skipping, failures, resume, and what a user may get wrong."""
+import functools
 import json
 import math
 import os
@@ -733,8 +734,8 @@ def test_run_dir_of_another_config(name, tmp_path):
     (tmp_path / "checkpoints" / "step_000002" / "state.json").write_text("{}")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     checkpoint.open_run(cfg, 0)  # the same once more
-    *section, leaf = name.split(".")
-    owner, field = getattr(cfg, section[0]) if section else cfg, config.FIELDS[name]
+    *sections, leaf = name.split(".")
+    owner, field = functools.reduce(getattr, sections, cfg), config.FIELDS[name]
     old = getattr(owner, leaf)
     new = next((c for c in field.metadata["choices"] or () if c != old), None)
     if new is None:
@@ -748,8 +749,9 @@ def test_run_dir_of_another_config(name, tmp_path):
         new = ["other"]
     setattr(owner, leaf, new)
     free = {"train.steps", "train.epochs", "train.checkpoint_every", "train.keep_checkpoints", "train.eval_every",
-            "train.tokens_per_microbatch", "rollout.max_rows"}
-    if name in free or name.startswith(("eval.", "wandb.")):
+            "train.tokens_per_microbatch", "rollout.max_rows", "reward.max_failed"}
+    own = ("llm.grader.model", "llm.grader.prompt", "llm.grader.temperature", "llm.grader.max_tokens")
+    if name in free or name.startswith(("eval.", "wandb.")) or name.startswith("llm.") and name not in own:
         checkpoint.open_run(cfg, 0)
         return
     with pytest.raises(InputError, match=name.replace(".", r"\.")) as error:
