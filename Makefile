@@ -1,5 +1,6 @@
 # make demo [SEED=1]      the whole pipeline on the toy pharmacy: before and after, on two CPU cores
 # make table1 [SEEDS=3]   the nine rows of Table 1 on the toy pharmacy; goes on where it was interrupted
+# make table2             Auto-Prompt behind a server that plays the language models: base, original and calibrated prompts
 # make test               the test suite
 
 SEED ?= 0
@@ -9,13 +10,14 @@ PY := .venv/bin/python
 # The toy is for CPUs: matrices this small lose to a second thread, and would not fill a GPU.
 export OMP_NUM_THREADS := 1
 export CUDA_VISIBLE_DEVICES :=
+TORCHRUN := .venv/bin/torchrun --standalone --nproc_per_node=2
 ROOT := runs/toy$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 # Another seed gets a world and runs of its own; seed 0 is what the configs say.
 OVERRIDES := $(if $(filter-out 0,$(SEED)),seed=$(SEED) model.path=$(ROOT)/world/base data.logs=$(ROOT)/world/train.jsonl \
 	data.eval_logs=$(ROOT)/world/test.jsonl data.lexicon=$(ROOT)/world/lexicon.yaml)
 ROOTS = $(ROOT) $(foreach seed,$(shell seq 1 $(SEEDS)),$(if $(filter-out $(SEEDS),$(seed)),runs/toy-seed$(seed)))
 
-.PHONY: demo table1 test world rows
+.PHONY: demo table1 table2 test world rows
 .DELETE_ON_ERROR:
 
 demo: ROWS = base grpo
@@ -27,6 +29,28 @@ demo: rows
 table1: rows
 	for seed in $$(seq 1 $$(($(SEEDS) - 1))); do $(MAKE) rows SEED=$$seed ROWS="$(ROWS)" || exit 1; done
 	$(if $(filter-out 1,$(SEEDS)),$(PY) eval.py --table $(foreach root,$(ROOTS),$(ROWS:%=$(root)/%)))
+
+# Two GRPO runs whose extractor and grader sit behind a server: with poor prompts, and with these calibrated against anchors. All
+# rows are evaluated on the turns and with the grader of the rules source.
+T2 := runs/toy/table2
+LLM := configs/toy/llm.yaml llm.cache=$(T2)/llm_cache.sqlite train.steps=100 train.eval_every=null
+POOR := llm.extractor.prompt=prompts/extractor_poor_toy.md llm.grader.prompt=prompts/grader_poor_toy.md
+table2: ROWS = base
+table2: rows
+	$(PY) tests/toy_anchors.py --world runs/toy/world --run runs/toy/base --out $(T2)/anchors
+	set -e; $(PY) tests/llm_server.py --lexicon runs/toy/world/lexicon.yaml --port 8377 & trap "kill $$!" EXIT; sleep 3; \
+	for type in extractor grader; do \
+		$(PY) autoprompt.py $(LLM) $(POOR) run_dir=$(T2)/calibrate type=$$type anchors=$(T2)/anchors/$$type.jsonl || exit 1; \
+	done; \
+	for row in original calibrated; do \
+		prompts="$(POOR)"; \
+		if [ $$row = calibrated ]; then prompts="llm.extractor.prompt=prompts/calibrated/extractor.md llm.grader.prompt=prompts/calibrated/grader.md"; fi; \
+		$(PY) hindsight.py $(LLM) $$prompts run_dir=$(T2)/train_$$row || exit 1; \
+		$(TORCHRUN) train_grpo.py $(LLM) $$prompts run_dir=$(T2)/train_$$row || exit 1; \
+		$(PY) hindsight.py configs/toy/base.yaml run_dir=$(T2)/$$row || exit 1; \
+		$(TORCHRUN) eval.py configs/toy/base.yaml run_dir=$(T2)/$$row model.path=$(T2)/train_$$row/export || exit 1; \
+	done
+	$(PY) eval.py --table runs/toy/base $(T2)/original $(T2)/calibrated
 
 rows: world
 	$(PY) table1.py $(ROWS:%=configs/toy/%.yaml) --nproc 2 --root $(ROOT) $(SHOW) $(OVERRIDES)
