@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import autoprompt
 import config
 import toy
 import train_grpo
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FUNCTION, ROW = (re.search(rf"```{kind}\n(.*?)```", README, re.S)[1] for kind in ("python", "yaml"))
+FUNCTION = re.search(r"```python\n(.*?)```", README, re.S)[1]
+LLM, ROW = re.findall(r"```yaml\n(.*?)```", README, re.S)
 
 
 def test_the_worked_loss_is_what_it_says(monkeypatch):
@@ -56,14 +58,21 @@ def test_a_tenth_row_takes_one_yaml_and_one_function(tmp_path):
     assert [m["step"] for m in lines] == [0, 1, 2] and (run / "report.html").is_file() and (run / "export").is_dir()
 
 
+def test_the_config_with_a_language_model_loads(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(LLM.replace("base: ", f"base: {ROOT}/configs/"))
+    cfg = config.load([str(path)])
+    assert cfg.hindsight.source == "llm" and cfg.llm.grader.max_tokens == 64 and cfg.llm.extractor.concurrency == 256
+
+
 def test_files_and_keys_named_here_exist():
     for path in re.findall(r"configs/[\w/]+\.yaml|docs/\w+\.svg|(?<![\w/])\w+\.py(?!\w)", README):
         assert (ROOT / path).is_file() or path == "configs/toy/reinforce.yaml", path
     for path in re.findall(r"\]\(([\w./]+)\)", README):
         assert (ROOT / path).exists(), path
-    keys = re.findall(r"\b((?:model|data|hindsight|reward|rollout|train|eval|wandb)\.[a-z_]+)\b", README)
+    keys = re.findall(r"\b((?:model|data|hindsight|llm|reward|rollout|train|eval|wandb)(?:\.[a-z_]+)+)\b", README)
     keys = [k for k in keys if not k.endswith((".py", ".jsonl", ".json", ".yaml", ".md"))]
-    assert keys and all(k in config.FIELDS for k in keys), [k for k in keys if k not in config.FIELDS]
+    assert keys and all(k in config.FIELDS or k in config.SECTIONS for k in keys), [k for k in keys if k not in config.FIELDS]
 
 
 @pytest.mark.parametrize("line", re.findall(r"^    (?:torchrun|python) .*$", README, re.M))
@@ -74,4 +83,5 @@ def test_overrides_in_commands_are_accepted(line, monkeypatch):
         return
     monkeypatch.chdir(ROOT)
     path = "configs/table1/7b/grpo.yaml" if words[at] == "my.yaml" else words[at]
-    assert dataclasses.is_dataclass(config.load([path, *words[at + 1:]]))
+    own = autoprompt.OWN if "autoprompt.py" in words else ()
+    assert dataclasses.is_dataclass(config.load([path, *(w for w in words[at + 1:] if w.partition("=")[0] not in own)]))
