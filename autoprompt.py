@@ -224,7 +224,7 @@ def search(kind, cfg, own, examples):
             write_jsonl(kept, [{"key": k, "scores": s, "said": said} for k, (s, said) in memo.items()])
         return memo[key]
 
-    best, ledger, since = first, [], 0
+    best, ledger, since, tried = first, [], 0, {first}
     for number in range(1, own["rounds"] + 1):
         now, said = scores(best, "calibration")
         order = sorted(range(len(now)), key=lambda i: now[i])[:max(4, len(now) // 4)]
@@ -237,9 +237,10 @@ def search(kind, cfg, own, examples):
             lines.append(line)
             lacks = [p for p in PLACEHOLDERS[kind] if f"{{{p}}}" not in text]
             lacks += [STOP] if kind == "policy" and STOP not in text else []
-            if lacks or text == best:
-                line["note"] = f"lacks {', '.join(lacks)}" if lacks else "the present prompt"
+            if lacks or text in tried:
+                line["note"] = f"lacks {', '.join(lacks)}" if lacks else "tried before"
                 continue
+            tried.add(text)
             line["calibration"] = statistics.fmean(scores(text, "calibration")[0])
             print(f"round {number}, candidate {k} ({origin}): {line['calibration']:.4f} on calibration, the best so far "
                   f"{worst['score']:.4f}")
