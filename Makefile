@@ -37,7 +37,7 @@ LLM := configs/toy/llm.yaml llm.cache=$(T2)/llm_cache.sqlite train.steps=100 tra
 POOR := llm.extractor.prompt=prompts/extractor_poor_toy.md llm.grader.prompt=prompts/grader_poor_toy.md
 table2: ROWS = base
 table2: rows
-	$(PY) tests/toy_anchors.py --world runs/toy/world --run runs/toy/base --out $(T2)/anchors
+	$(PY) tests/toy_anchors.py --world runs/toy/world --config configs/toy/base.yaml --out $(T2)/anchors
 	set -e; $(PY) tests/llm_server.py --lexicon runs/toy/world/lexicon.yaml --port 8377 & trap "kill $$!" EXIT; sleep 3; \
 	for type in extractor grader; do \
 		$(PY) autoprompt.py $(LLM) $(POOR) run_dir=$(T2)/calibrate type=$$type anchors=$(T2)/anchors/$$type.jsonl || exit 1; \

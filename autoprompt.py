@@ -31,8 +31,12 @@ import config
 import eval as evaluation
 import hindsight
 import llm
+import model as decoder
+import parallel
 import reward
-from data import STOP, InputError, cli, encode_prompts, load_prompt, load_turns, read_jsonl, write_jsonl, write_text
+import rollout
+from data import (STOP, InputError, cli, encode_prompt, encode_prompts, identity, load_prompt, load_tokenizer, load_turns, read_jsonl,
+                  write_jsonl, write_text)
 
 OWN = {"type": None, "rounds": 5, "candidates": 8, "anchors": None, "match": "exact", "n": 50, "repeats": 5, "from": None}
 PURPOSE = {"extractor": "write down what a client reveals in a conversation", "policy": "ask the next question, or stop",
@@ -122,7 +126,7 @@ def results(kind, source, prompt, examples, cfg, seeds=(0,)):
 
 def ask_match(source, found, wanted):
     """A language model decides which wanted items were found, whatever the words. -> future of their number"""
-    shown = json.dumps({"found": found, "wanted": {str(i): w for i, w in enumerate(wanted, 1)}}, ensure_ascii=False)
+    shown = llm.dump({"found": found, "wanted": {str(i): w for i, w in enumerate(wanted, 1)}})
     messages = [{"role": "system", "content": load_prompt("prompts/match.md", ())}, {"role": "user", "content": shown}]
     return source.submit(messages, None, lambda reply: check_matches(reply, len(wanted)))
 
@@ -152,23 +156,29 @@ def scorer(kind, cfg, match):
     return score, source
 
 
-def policy_scorer(cfg):
-    import model as decoder
-    import parallel
-    import rollout
-    from data import load_tokenizer
+def policy(cfg):
+    """-> the policy that eval.py would evaluate: tokenizer, model, end tokens."""
     _, _, device = parallel.start()
     folder = evaluation.model_of(cfg)
-    tokenizer, model = load_tokenizer(folder), decoder.load(folder, device, parallel.compute_dtype(cfg.model.dtype, device))
-    ends, (lex, grader) = rollout.end_ids(folder, tokenizer), reward.judges(cfg)
+    tokenizer = load_tokenizer(folder)
+    return tokenizer, decoder.load(folder, device, parallel.compute_dtype(cfg.model.dtype, device)), rollout.end_ids(folder, tokenizer)
+
+
+def policy_scorer(cfg):
+    (tokenizer, model, ends), (lex, grader) = policy(cfg), reward.judges(cfg)
 
     def score(prompt, turns):
-        kept, prompts = encode_prompts(tokenizer, prompt, turns, cfg.rollout.max_prompt_tokens)
-        records = evaluation.evaluate(model, tokenizer, kept, prompts, cfg, lex, ends, grader, desc="policy")
-        n = len(records) // len(kept)
-        groups = [records[i:i + n] for i in range(0, len(records), n)]
-        values = [[g["reward"] for g in group if g["reward"] is not None] for group in groups]
-        return [sum(v) / len(v) if v else 0.0 for v in values], [[g["response"] for g in group] for group in groups]
+        """The mean reward at each turn; 0 where this prompt makes the conversation too long."""
+        prompts = [encode_prompt(tokenizer, prompt, turn) for turn in turns]
+        fit = [i for i, ids in enumerate(prompts) if len(ids) <= cfg.rollout.max_prompt_tokens]
+        scores, said = [0.0] * len(turns), [["(the prompt is too long)"]] * len(turns)
+        records = evaluation.evaluate(model, tokenizer, [turns[i] for i in fit], [prompts[i] for i in fit], cfg, lex, ends, grader,
+                                      desc="policy") if fit else []
+        for k, i in enumerate(fit):
+            group = records[k * cfg.eval.samples:(k + 1) * cfg.eval.samples]
+            values = [g["reward"] for g in group if g["reward"] is not None]
+            scores[i], said[i] = sum(values) / len(values) if values else 0.0, [g["response"] for g in group]
+        return scores, said
     return score
 
 
@@ -180,8 +190,8 @@ def candidates_of(best, kind, n, number, writer, worst):
     system, schema = load_prompt("prompts/variants.md", ("placeholders",)), llm.object_schema(prompt={"type": "string"})
     braces = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS[kind])
     for k in range((n + 1) // 2 if writer else 0):
-        shown = json.dumps({"instructions": best, "purpose": PURPOSE[kind], "score": worst["score"],
-                            "examples": rng.sample(worst["examples"], min(4, len(worst["examples"])))}, ensure_ascii=False)
+        shown = llm.dump({"instructions": best, "purpose": PURPOSE[kind], "score": worst["score"],
+                          "examples": rng.sample(worst["examples"], min(4, len(worst["examples"])))})
         asked.append(writer.submit([{"role": "system", "content": system.replace("{placeholders}", braces)},
                                     {"role": "user", "content": shown}], schema, check_prompt, seed=100 * number + k))
     if writer:
@@ -213,8 +223,11 @@ def search(kind, cfg, own, examples):
             raise InputError(f"only {len(part)} of {len(examples)} examples fall into the {name} part; label more sessions (about 100 "
                              f"anchors tell prompts apart, {FEWEST} are the fewest)")
     kept = folder / f"{kind}_scores.jsonl"
-    decide = (f"llm.{kind}", "llm.grader", "reward.", "model.", "eval.")
-    settings = {k: v for k, v in config.flatten(cfg).items() if k.startswith(decide)}
+    aside = ("run_dir", "wandb.", "train.", "llm.cache", "llm.writer.", "data.logs", "data.eval_logs", "data.prompt")
+    where = (".base_url", ".api_key_env", ".concurrency", ".timeout_s", ".retries")
+    settings = {k: v for k, v in config.flatten(cfg).items() if not k.startswith(aside) and not k.endswith(where)}
+    files = [cfg.data.lexicon] * bool(cfg.data.lexicon) + [evaluation.model_of(cfg)] * (kind == "policy")
+    settings["files"] = [identity(f) for f in [*files, *(["prompts/match.md"] if own["match"] == "llm" else [])]]
     memo = {m["key"]: (m["scores"], m["said"]) for _, m in read_jsonl(kept)} if kept.is_file() else {}
 
     def scores(prompt, part):
@@ -314,18 +327,46 @@ def check_anchor(a, kind):
     return None if ok else "'items' must be a list of \"slot: value\" texts"
 
 
-def margin(kind, cfg, own):
+LABEL = {"grader": "score", "extractor": "items"}
+
+
+def key_of(a):
+    """What an example is about, whatever its label."""
+    return json.dumps([a.get("turn"), a.get("response"), a.get("session")], sort_keys=True)
+
+
+def sampled_answers(cfg, n):
+    """The policy's questions at continue turns of sessions it is not tested on: validation turns where there are, else training
+    turns. -> [{"turn", "response"}], each once"""
+    folder = Path(cfg.run_dir) / "turns"
+    turns = load_turns(folder / ("valid.jsonl" if (folder / "valid.jsonl").is_file() else "train.jsonl"))
+    turns = [t for t in turns if t["decision"] == "continue"]
+    turns = random.Random(cfg.seed).sample(turns, min(n, len(turns)))
+    tokenizer, model, ends = policy(cfg)
+    turns, prompts = encode_prompts(tokenizer, load_prompt(cfg.data.prompt), turns, cfg.rollout.max_prompt_tokens, "drop")
+    answers = rollout.generate(model, prompts, samples=cfg.eval.samples, max_new_tokens=cfg.rollout.max_new_tokens, ends=ends,
+                               temperature=cfg.eval.temperature, top_p=cfg.eval.top_p, seed=cfg.seed, max_rows=cfg.rollout.max_rows)
+    found = []
+    for turn, group in zip(turns, answers):
+        texts = dict.fromkeys(rollout.text_of(tokenizer, a, ends) for a in group)
+        found += [{"turn": turn, "response": text} for text in texts if reward.decision(text) == "continue"]
+    return found
+
+
+def margin(kind, cfg, own, anchors):
     """The examples on which repeated results disagree most -> run_dir/autoprompt/margin_TYPE.jsonl, labels left null."""
     source, path = llm.open_source(kind, cfg), Path(cfg.run_dir) / "autoprompt" / f"margin_{kind}.jsonl"
     if source.s.temperature == 0:
         raise InputError(f"llm.{kind}.temperature is 0, so repeated results would not differ: set it to about 0.7 for this command")
+    if path.is_file() and any(a.get(LABEL[kind]) is not None for _, a in read_jsonl(path)):
+        raise InputError(f"{path} holds labels: make anchors of them first (python autoprompt.py anchors ... from={path}), then remove it")
+    known = {key_of(a) for _, a in read_jsonl(anchors)} if Path(anchors).is_file() else set()
     if kind == "grader":
-        turns = {t["turn_id"]: t for t in load_turns(Path(cfg.run_dir) / "turns" / "eval.jsonl")}
-        graded = evaluation.load_graded(Path(cfg.run_dir) / "graded.jsonl")
-        said = dict.fromkeys((g["turn_id"], g["response"]) for g in graded if g["truth"] == g["decision"] == "continue")
-        examples = [{"turn": turns[i], "response": response} for i, response in said if i in turns]
+        examples = sampled_answers(cfg, 5 * own["n"])
     else:
+        config.need(cfg, "data.logs")
         examples = [{"session": s} for _, s in read_jsonl(cfg.data.logs, lambda n, why: None) if not hindsight.check_session(s)]
+    examples = [e for e in examples if key_of(e) not in known]
     random.Random(cfg.seed).shuffle(examples)
     examples = examples[:20 * own["n"]]
     found, bar = [], tqdm(examples, desc="margin", unit=" examples", disable=None)
@@ -343,21 +384,20 @@ def margin(kind, cfg, own):
 
 
 def add_anchors(kind, own, path):
-    """Labelled lines of a margin file -> appended to the anchors, each once; unlabelled ones are left for later."""
-    label, seen, new, unlabelled = {"grader": "score", "extractor": "items"}[kind], [], [], 0
-    if Path(path).is_file():
-        seen = [a for _, a in read_jsonl(path)]
-    known = {json.dumps([a.get("turn"), a.get("response"), a.get("session")], sort_keys=True) for a in seen}
+    """Labelled lines of a margin file -> the anchors, each once, a later label in place of an earlier one."""
+    known = {key_of(a): a for _, a in read_jsonl(path)} if Path(path).is_file() else {}
+    label, before, changed, unlabelled = LABEL[kind], len(known), 0, 0
     for n, a in read_jsonl(own["from"]):
         if a.get(label) is None:
             unlabelled += 1
             continue
         if bad := check_anchor(a, kind):
             raise InputError(f"{own['from']}:{n}: {bad}")
-        if json.dumps([a.get("turn"), a.get("response"), a.get("session")], sort_keys=True) not in known:
-            new.append({k: a[k] for k in ("turn", "response", "session", label) if k in a})
-    write_jsonl(path, seen + new)
-    print(f"wrote {path}: {len(seen)} anchors as before, {len(new)} new; {unlabelled} lines of {own['from']} have no label yet")
+        changed += known.get(key_of(a), a)[label] != a[label]
+        known[key_of(a)] = {k: a[k] for k in ("turn", "response", "session", label) if k in a}
+    write_jsonl(path, known.values())
+    print(f"wrote {path}: {before} anchors as before, {len(known) - before} new, {changed} with another label; {unlabelled} lines of "
+          f"{own['from']} have no label yet")
 
 
 def main():
@@ -375,11 +415,12 @@ def main():
         own[name] = int(value) if number else value
     cfg = config.load(rest, __doc__)
     kind, kinds = own["type"], ("extractor", "grader", "policy") if command == "calibrate" else ("extractor", "grader")
-    if kind not in kinds or own["match"] not in ("exact", "llm"):
-        raise InputError(f"type must be {', '.join(kinds)} and match exact or llm, not {kind} and {own['match']}")
+    for name, choices in (("type", kinds), ("match", ("exact", "llm"))):
+        if own[name] not in choices:
+            raise InputError(f"{name}= must be one of {', '.join(choices)}, not {own[name]}")
     anchors = own["anchors"] or f"anchors/{kind}.jsonl"
     if command == "margin":
-        return margin(kind, cfg, own)
+        return margin(kind, cfg, own, anchors)
     if command == "anchors":
         if not own["from"]:
             raise InputError("name the labelled file: from=FILE (what `margin` wrote)")

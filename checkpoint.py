@@ -29,8 +29,10 @@ MAY_CHANGE = ("train.steps", "train.epochs", "train.checkpoint_every", "train.ke
 def may_change(name, cfg):
     if name in ("train.steps", "train.epochs") and cfg.train.schedule != "constant":
         return False  # the learning rate depends on where the end is
-    if name.startswith("llm."):  # where the grader runs, but not which one it is
-        return not (name.startswith("llm.grader.") and name.endswith((".model", ".prompt", ".temperature", ".max_tokens")))
+    if name.startswith("llm."):  # where a model runs, but not which one it is, where this run's data depend on it
+        role, _, leaf = name.removeprefix("llm.").partition(".")
+        used = {"grader": cfg.reward.grader == "llm", "extractor": cfg.hindsight.source == "llm", "writer": cfg.train.loss == "dpo"}
+        return not (used.get(role) and leaf in ("source", "model", "prompt", "temperature", "max_tokens"))
     return name in MAY_CHANGE or name.startswith(("eval.", "wandb."))
 
 

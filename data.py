@@ -11,6 +11,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+from tqdm import tqdm
+
 ROLES = ("user", "assistant")
 DECISIONS = ("continue", "stop")
 STOP = "<stop />"  # what the policy writes to end the conversation; also its target at a stop turn
@@ -25,6 +27,8 @@ def cli(main):
     try:
         main()
     except InputError as error:
+        for bar in list(getattr(tqdm, "_instances", ())):  # else the line would stand amid the bars
+            bar.close()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

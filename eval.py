@@ -266,9 +266,10 @@ def main():
     a = p.parse_args(argv)
     if a.table:
         import table1  # which reads this module
-        table1.view(a.table)
+        runs = [r for r in a.table if not Path(r).is_file()]  # a glob also names table.json, which stands beside the runs
+        table1.view(runs)
         if a.sessions:
-            show_sessions(a.table, a.sessions)
+            show_sessions(runs, a.sessions)
         return
     summary = summarise(load_graded(a.graded))
     print(table({a.graded: summary, **bounds(summary)}))

@@ -117,7 +117,7 @@ EXTRACT = llm.object_schema(items={"type": "array", "items": llm.object_schema(
 def extractor_messages(prompt, utts, goal, generic):
     """The conversation as JSON lines, one a numbered utterance, so that no text can pass for another line."""
     prompt = prompt.replace("{goal}", goal).replace("{generic}", ", ".join(generic) or "none")
-    lines = [json.dumps({"utterance": i, **u}, ensure_ascii=False) for i, u in enumerate(spoken(utts), 1)]
+    lines = [llm.dump({"utterance": i, **u}) for i, u in enumerate(spoken(utts), 1)]
     return [{"role": "system", "content": prompt}, {"role": "user", "content": "\n".join(lines)}]
 
 
@@ -373,7 +373,6 @@ def main(argv=None):
         if valid and len(valid) == len(counts["train"][1]):
             raise InputError(f"data.valid_sessions={cfg.data.valid_sessions} leaves no session of {cfg.data.logs} to "
                              f"train on; lower it")
-        write_json(folder / "made.json", made_with(cfg))
         with whole_file(folder / "train.jsonl") as train, whole_file(folder / "valid.jsonl") as held_out, \
                 open(Path(aside) / "train", encoding="utf-8") as lines:
             for line in lines:
@@ -383,6 +382,7 @@ def main(argv=None):
     for name, there in (("valid", valid), ("eval", "eval" in counts), ("self_check", checks)):
         if not there:  # what an earlier run with other settings left would mix with this one's
             (folder / f"{name}.jsonl").unlink(missing_ok=True)
+    write_json(folder / "made.json", made_with(cfg))  # last: turns that it does not describe are refused
     if checks:
         write_jsonl(folder / "self_check.jsonl", checks)
         scored = [c["f1"] for c in checks if c["f1"] is not None]

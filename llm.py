@@ -10,9 +10,10 @@
 
 A reply must be one JSON object that `check` accepts (ValueError says why not); one repair is asked for, then the ask has
 failed: None, never a silent 0. Usable replies are kept in a file by the hash of model, messages and parameters, so that a rerun
-repeats no paid call; several processes may share it. The key is read from the environment and appears nowhere else.
+repeats no paid call; several processes of one machine may share it. The key is read from the environment and appears nowhere else.
 """
 import asyncio
+import dataclasses
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import InputError, apply_template, load_prompt, load_tokenizer
+from data import InputError, apply_template, identity, load_prompt, load_tokenizer
 
 GIVE_UP = 40  # asks in a row that the server left unanswered, retries included: it is down
 PROMPTS = {"extractor": "prompts/extractor.md", "grader": "prompts/grader.md", "writer": "prompts/rejected.md"}
@@ -47,6 +48,11 @@ def open_source(role, cfg):
     return source
 
 
+def dump(obj):
+    """Texts for a model, as JSON: none can close its own quotes, and none holds a special token such as <|im_end|> as it stands."""
+    return json.dumps(obj, ensure_ascii=False).replace("<|", "\\u003c|")
+
+
 def object_schema(**properties):
     """The JSON schema of an object with exactly these properties."""
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
@@ -61,9 +67,12 @@ class Cache:
 
     def db(self):  # a connection belongs to its thread
         if not hasattr(self.local, "db"):
-            self.local.db = sqlite3.connect(self.path, timeout=120, isolation_level=None)
-            self.local.db.execute("PRAGMA synchronous=OFF")  # safe against a killed process, not against a power cut
-            self.local.db.execute("CREATE TABLE IF NOT EXISTS reply (key TEXT PRIMARY KEY, text TEXT)")
+            try:
+                self.local.db = sqlite3.connect(self.path, timeout=120, isolation_level=None)
+                self.local.db.execute("PRAGMA synchronous=OFF")  # safe against a killed process, not against a power cut
+                self.local.db.execute("CREATE TABLE IF NOT EXISTS reply (key TEXT PRIMARY KEY, text TEXT)")
+            except sqlite3.Error as error:
+                raise InputError(f"llm.cache: {self.path} cannot be used ({error}); name another file or remove it") from None
         return self.local.db
 
     def get(self, key):
@@ -215,7 +224,9 @@ class Endpoint:
             except (o.AuthenticationError, o.PermissionDeniedError, o.NotFoundError) as error:
                 raise self.error(error) from None
             except (o.OpenAIError, ValueError) as error:  # no answer, one that is no JSON, or this ask is refused (too long)
-                self.in_a_row, self.tally.why = self.in_a_row + 1, self.told(error)
+                self.tally.why = self.told(error)
+                refused = isinstance(error, (o.BadRequestError, o.UnprocessableEntityError))  # this ask, not any: too long, say
+                self.in_a_row += not refused
                 if self.in_a_row >= GIVE_UP:
                     raise self.error(error) from None
                 return None
@@ -234,7 +245,7 @@ class Endpoint:
         return " ".join(f"{type(error).__name__}: {error}".replace(self.key, "***").split())[:300]
 
     def error(self, error):
-        return Unanswered(f"llm.{self.role} at {self.s.base_url} ({self.s.model}): {self.told(error)}; answers so far are kept, start "
+        return Unanswered(f"llm.{self.role} at {self.s.base_url} ({self.s.model}, key from ${self.s.api_key_env}): {self.told(error)}; answers so far are kept, start "
                           f"again to go on")
 
 
@@ -247,9 +258,10 @@ class Local:
         import model as decoder
         import parallel
         import rollout
-        self.s, self.cache, self.tally, self.waiting, self.batch = settings, cache, Tally(), [], []
-        self.decoder, self.rollout, self.rows = decoder, rollout, cfg.rollout.max_rows
         folder = decoder.resolve(settings.model)
+        self.s = dataclasses.replace(settings, model=f"{settings.model} {identity(folder)}")  # another content, other replies
+        self.cache, self.tally, self.waiting, self.batch = cache, Tally(), [], []
+        self.decoder, self.rollout, self.rows = decoder, rollout, max(1, cfg.rollout.max_rows // cfg.rollout.samples)
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         dtype = parallel.compute_dtype(cfg.model.dtype, device)
         many = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1

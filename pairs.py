@@ -24,7 +24,7 @@ import config
 import lexicon
 import llm
 import training
-from data import InputError, cli, expert_answer, load_turns, write_jsonl
+from data import InputError, cli, expert_answer, load_turns, write_json, write_jsonl
 from hindsight import same, slot_key, spoken
 
 
@@ -85,7 +85,7 @@ def check_utterance(reply):
 def written_pairs(turns, source):
     """Pairs whose rejected answer a language model writes -> (pairs, Counter of turns left out by reason)."""
     def ask(turn):
-        shown = json.dumps({"conversation": spoken(turn["context"])}, ensure_ascii=False)
+        shown = llm.dump({"conversation": spoken(turn["context"])})
         return [source.submit([{"role": "system", "content": source.prompt.replace("{goal}", turn.get("goal") or "")},
                                {"role": "user", "content": shown}], llm.object_schema(utterance={"type": "string"}), check_utterance)]
 
@@ -97,6 +97,19 @@ def written_pairs(turns, source):
             pairs.append(pair_of(turn, text, source.s.model))
     print(f"  writer: {llm.report(source)}")
     return pairs, left_out
+
+
+def made_with(cfg):
+    """The config keys that decide what the pairs are, beside those of the turns."""
+    w = cfg.llm.writer
+    return {"seed": cfg.seed, "hindsight.generic": cfg.hindsight.generic, "data.lexicon": cfg.data.lexicon,
+            **({f"llm.writer.{k}": getattr(w, k) for k in ("model", "prompt", "temperature", "max_tokens")} if w.model else {})}
+
+
+def same_made(cfg):
+    """Were run_dir's pairs made with this config? Pairs made by hand carry no stamp and will do."""
+    path = Path(cfg.run_dir) / "pairs_made.json"
+    return not path.is_file() or json.loads(path.read_text(encoding="utf-8")) == made_with(cfg)
 
 
 def main():
@@ -113,6 +126,7 @@ def main():
         raise InputError(f"{cfg.llm.writer.model or cfg.data.lexicon} gives no pair for any of {len(turns)} turns: see the reasons "
                          f"above")
     write_jsonl(out, pairs)
+    write_json(Path(cfg.run_dir) / "pairs_made.json", made_with(cfg))
     for pair in pairs[:3]:
         print(f"  {pair['context'][-1]['content']!r} -> {pair['chosen']!r} rather than {pair['rejected']!r}")
     print(f"wrote {out}: {len(pairs)} pairs of {len(turns)} turns")

@@ -8,8 +8,6 @@
 A wrong decision has R_a = 0, so `sum` (R_a + R_s + Omega) is `product` with beta = 1 in every outcome: comparing the
 two compares beta 1 with beta 2.
 """
-import json
-
 import config
 import lexicon
 import llm
@@ -89,9 +87,9 @@ GRADE = llm.object_schema(score={"type": "number", "enum": [0, 0.5, 1]}, questio
 
 
 def grader_messages(prompt, turn, response):
-    shared = json.dumps({"conversation": spoken(turn["context"]), "targets": turn["target"]}, ensure_ascii=False)
+    shared = llm.dump({"conversation": spoken(turn["context"]), "targets": turn["target"]})
     return [{"role": "system", "content": prompt.replace("{goal}", turn.get("goal") or "")},
-            {"role": "user", "content": f"{shared}\n\nCandidate: {json.dumps(response, ensure_ascii=False)}"}]
+            {"role": "user", "content": f"{shared}\n\nCandidate: {llm.dump(response)}"}]
 
 
 def check_grade(reply):

@@ -27,6 +27,7 @@ import config
 import eval as evaluation
 import llm
 import model as decoder
+import pairs
 import training
 from data import InputError, cli, identity, write_json, write_text
 
@@ -197,8 +198,8 @@ def run_row(path, overrides, nproc):
     run, stamp = Path(cfg.run_dir), Path(cfg.run_dir) / "row.json"
     config.need(cfg, "model.path", "data.logs", "data.eval_logs")
     names = ["data.logs", "data.eval_logs", "data.lexicon", "data.prompt", "data.prompt_no_stop"]
-    names += [f"llm.{role}.prompt" for role in llm.PROMPTS]
     files = {name: file for name in names if (file := config.flatten(cfg)[name])}
+    files |= {f"llm.{role}.prompt": s.prompt or llm.PROMPTS[role] for role in llm.PROMPTS if (s := getattr(cfg.llm, role)).model}
     for name, file in files.items():
         if not Path(file).is_file():
             raise InputError(f"{path}: {name}={file} does not exist")
@@ -215,7 +216,7 @@ def run_row(path, overrides, nproc):
     write_json(stamp, {**want, "finished": False})
     many = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
     stages = [([sys.executable], "hindsight.py")]
-    if cfg.train.loss == "dpo" and not (run / "pairs.jsonl").is_file():
+    if cfg.train.loss == "dpo" and not ((run / "pairs.jsonl").is_file() and pairs.same_made(cfg)):
         stages.append(([sys.executable], "pairs.py"))
     if cfg.train.steps != 0:
         stages.append((many, training.script_of(cfg.train.loss)))

@@ -25,6 +25,7 @@ import pack
 import parallel
 import training
 from data import InputError, check_messages, cli, encode_prompts, identity, load_prompt, load_turns, read_jsonl
+from pairs import same_made
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
@@ -121,6 +122,8 @@ def main():
     cfg = config.load(sys.argv[1:], __doc__)
     run = training.start(cfg, "train_dpo.py")
     path = Path(cfg.run_dir) / "pairs.jsonl"
+    if path.is_file() and not same_made(cfg):
+        raise InputError(f"{path} was made with other settings than this config's: run pairs.py again")
     pairs, prompts = encode_prompts(run.tokenizer, load_prompt(cfg.data.prompt),
                                     load_pairs(path, load_turns(training.turns_file(cfg, "train"))),
                                     cfg.rollout.max_prompt_tokens, cfg.data.long_prompts)

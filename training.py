@@ -17,6 +17,7 @@ import config
 import eval as evaluation
 import hindsight
 import lexicon
+import llm
 import model as decoder
 import pack
 import parallel
@@ -200,7 +201,12 @@ def end_step(run, record, boundary=True):
     record = {"step": run.step, "epoch": run.step * t.prompts_per_step / run.size, "lr": lr, **record}
     if boundary and run.held_out and due(t.eval_every, run.synced, run.step, run.total):
         began = time.perf_counter()
-        record |= {"eval": evaluate(run), "eval_s": time.perf_counter() - began}
+        try:
+            record |= {"eval": evaluate(run), "eval_s": time.perf_counter() - began}
+        except llm.Unanswered:  # the grader is down: the step is kept, its evaluation is not
+            run.log.write(record)
+            save(run)
+            raise
     run.log.write(record)
     if run.bad == MAX_BAD_STEPS:
         raise InputError(f"{run.bad} steps in a row had a non-finite gradient (last: step {run.step}): lower train.lr and "

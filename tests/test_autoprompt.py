@@ -13,7 +13,7 @@ import autoprompt
 import config
 import llm
 from data import InputError, write_jsonl
-from test_train import REPO
+from test_train import REPO, make_world
 
 RULES = {"KNOWN": "- KNOWN: what was told scores 0.", "HALF": "- HALF: a related question scores 0.5.", "FORM": "- FORM: keywords score 0."}
 POOR = "Grade for {goal}.\n- Be fair.\n- Be quick.\n{\"score\": 1}"
@@ -224,12 +224,14 @@ def test_extractor_scores(world):
     assert score("b", examples)[0] == [0.0]
 
 
-def test_policy_examples_and_placeholders(world):
+def test_policy_examples_and_placeholders(world, monkeypatch):
     """A policy prompt must keep the goal and the marker."""
     call, sources, folder = world
     cfg, turns = config.load(["c.yaml", "data.prompt=policy.md"]), [a["turn"] for a in anchors(30)]
     (folder / "policy.md").write_text("Goal {goal}: ask or <stop />.\n- be short\n- be kind")
     sources["writer"].reply = lambda messages, seed: {"prompt": ["Goal {goal}: only ask.", "Goal {goal}: ask or <stop />, BEST"][seed % 2]}
+    monkeypatch.setattr(autoprompt.evaluation, "model_of", lambda cfg: folder / "anchors")
+
     def score(prompt, examples):
         return [float("BEST" in prompt)] * len(examples), [["x"]] * len(examples)
     own = dict(autoprompt.OWN, type="policy", rounds=1, candidates=4)
@@ -242,30 +244,65 @@ def test_policy_examples_and_placeholders(world):
 
 # ------------------------------------------------------------------------------------------------------ margin, anchors
 
-def test_margin_then_labels_then_anchors(world, capsys):
-    """The candidates that repeated gradings disagree on come first; a person's labels become anchors, once."""
+def test_margin_then_labels_then_anchors(world, capsys, monkeypatch):
+    """The candidates that repeated gradings disagree on come first; a person's labels become anchors, once, and are never lost."""
     call, sources, folder = world
     turns = [dict(a["turn"]) for a in anchors(12)]
-    write_jsonl(folder / "run" / "turns" / "eval.jsonl", turns)
-    say = lambda i, r, d="continue": dict(turn_id=f"{i}_1", sample=0, response=r, truth="continue", decision=d, r_a=0.0,
-                                          r_s=float(d == "continue"), omega=0.0, reward=0.0)
-    write_jsonl(folder / "run" / "graded.jsonl", [say(i, f"q{i}") for i in range(12)] * 2 + [say(3, "<stop />", "stop")])
+    monkeypatch.setattr(autoprompt, "sampled_answers", lambda cfg, n: [{"turn": t, "response": f"q{i}"} for i, t in enumerate(turns)])
     sources["grader"].s.temperature = 0.7
     sources["grader"].reply = lambda messages, seed: {"score": [0, 1][seed % 2] if '"q7"' in messages[-1]["content"] else
                                                       [0.5, 1][seed == 0] if '"q2"' in messages[-1]["content"] else 1, "questions": 1}
-    call("margin", "c.yaml", "type=grader", "n=3", "repeats=4")
+    args = ("margin", "c.yaml", "type=grader", "n=3", "repeats=4")
+    call(*args)
     path = folder / "run" / "autoprompt" / "margin_grader.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r["response"] for r in rows[:2]] == ["q7", "q2"] and len(rows) == 3 and rows[0]["scores"] == [0, 1, 0, 1]
     assert rows[0]["disagreement"] == 0.5 and all(r["score"] is None for r in rows) and len(sources["grader"].asked) == 48
     rows[0]["score"], rows[1]["score"] = 0.5, 1
     write_jsonl(path, rows)
+    with pytest.raises(InputError, match="holds labels"):
+        call(*args)
     (folder / "anchors" / "grader.jsonl").unlink()
-    for new in (2, 0):
+    capsys.readouterr()
+    for new, changed, score in ((2, 0, 0.5), (0, 0, 0.5), (0, 1, 0)):
+        rows[0]["score"] = score
+        write_jsonl(path, rows)
         call("anchors", "c.yaml", "type=grader", f"from={path}")
-        assert f"{new} new; 1 lines" in capsys.readouterr().out
+        assert f"{new} new, {changed} with another label; 1 lines" in capsys.readouterr().out
     made = [json.loads(line) for line in (folder / "anchors" / "grader.jsonl").read_text().splitlines()]
-    assert [(a["response"], a["score"], set(a)) for a in made] == [(f"q{i}", s, {"turn", "response", "score"}) for i, s in ((7, 0.5), (2, 1))]
+    assert [(a["response"], a["score"], set(a)) for a in made] == [(f"q{i}", s, {"turn", "response", "score"}) for i, s in ((7, 0), (2, 1))]
+    path.unlink()
+    call(*args)  # what has a label is not listed again
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert not {"q7", "q2"} & {r["response"] for r in rows}
+
+
+def test_answers_to_label_come_from_no_test_session(tmp_path, monkeypatch, tiny_checkpoint, one_rank):
+    """Validation turns where there are any, else training turns."""
+    path = make_world(tmp_path, tiny_checkpoint)
+    monkeypatch.chdir(REPO)
+    turns, seen = tmp_path / "run" / "turns", lambda: {e["turn"]["turn_id"] for e in autoprompt.sampled_answers(config.load([str(path)]), 99)}
+    lines = (turns / "train.jsonl").read_text().splitlines(True)
+    (turns / "eval.jsonl").write_text("".join(line.replace('"turn_id": "', '"turn_id": "test_') for line in lines[:6]))
+    assert seen() <= {json.loads(line)["turn_id"] for line in lines} and seen()
+    (turns / "valid.jsonl").write_text("".join(line.replace('"turn_id": "', '"turn_id": "valid_') for line in lines[:6]))
+    assert seen() and all(i.startswith("valid_") for i in seen())
+
+
+def test_kept_scores_are_those_of_these_settings(world):
+    """Another goal, generic list or lexicon fills the prompt or scores otherwise: nothing kept may be used."""
+    call, sources, folder = world
+    (folder / "lex.yaml").write_text("a")
+    args = ("c.yaml", "type=grader", "rounds=1", "candidates=2", "data.lexicon=lex.yaml")
+    asked = []
+    for other in ((), (), ("data.goal=another",), ("hindsight.generic=[age]",), ("llm.grader.concurrency=3", "train.lr=1")):
+        sources["grader"].asked.clear()
+        call(*args, *other)
+        asked.append(len(sources["grader"].asked))
+    (folder / "lex.yaml").write_text("b")
+    sources["grader"].asked.clear()
+    call(*args)
+    assert [n > 0 for n in (*asked, len(sources["grader"].asked))] == [True, False, True, True, False, True]
 
 
 def test_margin_of_the_extractor(world):
@@ -279,17 +316,17 @@ def test_margin_of_the_extractor(world):
 
 
 BAD = {
-    "no type": (["c.yaml"], None, "type must be extractor, grader, policy"),
+    "no type": (["c.yaml"], None, "type= must be one of extractor, grader, policy, not None"),
     "type": (["c.yaml", "type=judge"], None, "not judge"),
     "rounds": (["c.yaml", "type=grader", "rounds=0"], None, "rounds=0 must be a whole number above 0"),
-    "match": (["c.yaml", "type=grader", "match=fuzzy"], None, "match exact or llm"),
+    "match": (["c.yaml", "type=grader", "match=fuzzy"], None, "match= must be one of exact, llm, not fuzzy"),
     "missing": (["c.yaml", "type=grader", "anchors=none.jsonl"], None, "none.jsonl does not exist"),
     "few": (["c.yaml", "type=grader"], list(anchors(7)), "holds 7 anchors; 8 are the fewest"),
     "score": (["c.yaml", "type=grader"], [{**a, "score": 2} for a in anchors(9)], "grader.jsonl:1: 'score' must be 0, 0.5 or 1, not 2"),
     "unlabelled": (["c.yaml", "type=grader"], [{**a, "score": None} for a in anchors(9)], "grader.jsonl:1: 'score' must be"),
     "one session": (["c.yaml", "type=grader"], [{**a, "turn": {**a["turn"], "session_id": "1"}} for a in anchors(9)], "label more sessions"),
     "cold": (["margin", "c.yaml", "type=grader"], None, "llm.grader.temperature is 0"),
-    "margin policy": (["margin", "c.yaml", "type=policy"], None, "type must be extractor, grader and"),
+    "margin policy": (["margin", "c.yaml", "type=policy"], None, "type= must be one of extractor, grader, not policy"),
     "from": (["anchors", "c.yaml", "type=grader"], None, "from=FILE"),
     "key": (["c.yaml", "type=grader", "llm.grader.modle=x"], None, "did you mean 'llm.grader.model'"),
 }

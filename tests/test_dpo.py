@@ -12,6 +12,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import config
 import data
 import hindsight
 import lexicon
@@ -307,7 +308,7 @@ def test_what_the_reference_depends_on(monkeypatch, capsys, tmp_path, tiny_check
     shutil.copytree(tiny_checkpoint, tmp_path / "model")
     with open(tmp_path / "model" / "config.json", "a") as f:  # another content; a mere copy would be the same model
         f.write(" ")
-    for same_as_before in ([], ["train.lr=0.5"], ["train.steps=9", "seed=3"], ["train.dpo_beta=0.5"]):
+    for same_as_before in ([], ["train.lr=0.5"], ["train.steps=9"], ["train.dpo_beta=0.5"]):
         refused(monkeypatch, capsys, train_dpo, path, *same_as_before)
     assert len(set(keys)) == 1
     for other in ("model.dtype=float64", "rollout.max_new_tokens=20", "rollout.max_prompt_tokens=201",
@@ -450,7 +451,12 @@ def test_the_script(monkeypatch, capsys, tmp_path, tiny_checkpoint):
     said = capsys.readouterr().out
     assert out.read_bytes() == good
     assert "1 no complaint recognised" in said and "10 pairs of 11 turns" in said and "rather than" in said
-    assert sorted(p.name for p in out.parent.iterdir()) == ["pairs.jsonl", "turns"]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["pairs.jsonl", "pairs_made.json", "turns"]
+    refused(monkeypatch, capsys, train_dpo, path, "seed=5")
+    config_5 = config.load([str(path), "seed=5"])
+    assert pairs.same_made(config.load([str(path)])) and not pairs.same_made(config_5)
+    (out.parent / "pairs_made.json").unlink()  # made by hand
+    assert pairs.same_made(config_5)
     keys = {"turn_id", "session_id", "goal", "context", "decision", "chosen", "rejected", "rejected_from"}
     assert all(set(json.loads(line)) == keys for line in good.splitlines())
 

@@ -260,6 +260,20 @@ def test_a_changed_row_is_run_again_and_nothing_is_lost(row, capsys, change, tmp
     assert run(*overrides) == []
 
 
+def test_a_row_that_asks_models_notices_their_prompts_and_names(row, monkeypatch, tmp_path):
+    """Also the shipped prompts; another extractor is another run, moved aside like any."""
+    run, _, path = row
+    (tmp_path / "mine.md").write_text("{goal} {generic}")
+    monkeypatch.setitem(table1.llm.PROMPTS, "extractor", str(tmp_path / "mine.md"))
+    how = ["hindsight.source=llm", "llm.extractor.model=m"]
+    assert run(*how) == ALL and run(*how) == []
+    (tmp_path / "mine.md").write_text("{goal} {generic} better")
+    assert run(*how) == ALL and len(list(path.parent.glob("run.old*"))) == 1
+    assert run("hindsight.source=llm", "llm.extractor.model=n") == ALL and len(list(path.parent.glob("run.old*"))) == 2
+    assert run("hindsight.source=llm", "llm.extractor.model=n", "llm.extractor.concurrency=3") == ALL  # how fast is no other run
+    assert len(list(path.parent.glob("run.old*"))) == 2
+
+
 def test_a_change_of_the_evaluation_trains_nothing_anew(row):
     """The trainer finds its last checkpoint; only the evaluation is other."""
     run, _, path = row

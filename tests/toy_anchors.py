@@ -1,9 +1,9 @@
 """Anchors for Auto-Prompt on the toy pharmacy, with the generator's truth in the place of a person's labels.
 
-    python tests/toy_anchors.py --world runs/toy/world --run runs/toy/base --out runs/toy/anchors
+    python tests/toy_anchors.py --world runs/toy/world --config configs/toy/base.yaml --out runs/toy/anchors
 
 extractor.jsonl: sessions of the training logs with what their `learned` fields hold, generic slots left out. grader.jsonl: answers
-of an evaluated run to held-out turns, with the rules grader's R_a, about as many of each score.
+of the base to validation turns, with the rules grader's R_a, about as many of each score. No test session is among them.
 """
 import argparse
 import random
@@ -12,15 +12,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import eval as evaluation
+import autoprompt
+import config
 import hindsight
+import lexicon
+import reward
 import toy
-from data import load_turns, read_jsonl, write_jsonl
+from data import read_jsonl, write_jsonl
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("world", "run", "out"):
+    for name in ("world", "config", "out"):
         p.add_argument(f"--{name}", type=Path, required=True)
     p.add_argument("--n", type=int, default=120, help="anchors of each kind")
     a = p.parse_args()
@@ -32,10 +35,11 @@ def main():
         rows.append({"session": {"session_id": s["session_id"], "goal": s["goal"], "messages": messages},
                      "items": [i for i in dict.fromkeys(items) if i.split(":")[0] not in toy.GENERIC]})
     write_jsonl(a.out / "extractor.jsonl", rows)
-    turns, rows = {t["turn_id"]: t for t in load_turns(a.run / "turns" / "eval.jsonl")}, []
-    graded = [g for g in evaluation.load_graded(a.run / "graded.jsonl") if g["truth"] == g["decision"] == "continue"]
+    cfg, rows = config.load([str(a.config)]), []
+    lex = lexicon.load(cfg.data.lexicon)
+    graded = [{**e, "score": reward.grade_rules(e["turn"], e["response"], lex)} for e in autoprompt.sampled_answers(cfg, 10 ** 6)]
     for score in (0, 0.5, 1):
-        rows += rng.sample([{"turn": turns[g["turn_id"]], "response": g["response"], "score": score} for g in graded if g["r_a"] == score], a.n // 3)
+        rows += rng.sample([e for e in graded if e["score"] == score], a.n // 3)
     write_jsonl(a.out / "grader.jsonl", rows)
     print(f"wrote {a.out / 'extractor.jsonl'} and {a.out / 'grader.jsonl'}: {a.n} anchors each")
 
