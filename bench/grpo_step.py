@@ -1,0 +1,105 @@
+"""A whole GRPO step (sample, old log-probs, loss, backward, optimizer) against TRL's GRPOTrainer: the same weights, prompts, numbers of
+tokens, loss (KL off) and precision; random rewards, so that no group is skipped.
+
+    python bench/grpo_step.py --prompt 600 --response 48 --groups 16 --samples 5
+
+TRL is optional (pip install trl): without it only our time is shown. Ends in one JSON line.
+"""
+import math
+import statistics
+import tempfile
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from common import arguments, checkpoint, finish, limits, random_prompts, sync, timed
+
+import config
+import model as decoder
+import parallel
+import rollout
+import train_grpo
+
+
+def our_step(a, folder, device, dtype, prompts):
+    """-> a function that makes one step."""
+    cfg = config.build({"run_dir": "unused", "train.prompts_per_step": a.groups, "train.lr": 1e-6, "rollout.samples": a.samples,
+                        "rollout.max_new_tokens": a.response, "train.tokens_per_microbatch": 16384})
+    model = parallel.load_sharded(folder, device, dtype)
+    run = SimpleNamespace(model=model, cfg=cfg, device=device,
+                          optimizer=torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda"))
+    rng, n = np.random.default_rng(0), 0
+
+    def step():
+        nonlocal n
+        n += 1
+        with decoder.gathered(model):
+            answers = rollout.generate(model, prompts, samples=a.samples, max_new_tokens=a.response, temperature=1.0, ends={-1}, seed=n)
+        groups = [train_grpo.Group(p, g, rng.random(a.samples).tolist()) for p, g in zip(prompts, answers)]
+        batch = train_grpo.prepare(groups, cfg, 0, 1, device)
+        figures = train_grpo.train_step(run, None, batch, True)
+        assert figures["finite"] and math.isclose(figures["ratio"], 1.0) and figures["trained_tokens"] == a.groups * a.samples * a.response
+    return step
+
+
+def beside_trl(a, folder, device, dtype, prompts, ours):
+    """Train with TRL's GRPOTrainer and make one of our steps after each of its own -> [(our seconds, its seconds)] without the first
+    pair, its version; or None where TRL is absent."""
+    try:
+        import trl
+    except ImportError:
+        return None
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    tokenizer, rng, seconds = AutoTokenizer.from_pretrained(folder), np.random.default_rng(0), []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            sync(device)
+            self.began = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **_):
+            sync(device)
+            peer = time.perf_counter() - self.began
+            seconds.append((timed(ours, device), peer))
+
+    texts = [tokenizer.decode(p) for p in prompts]
+    assert tokenizer(texts).input_ids == prompts, "the peer would train on other tokens"
+    args = trl.GRPOConfig(
+        output_dir=tempfile.mkdtemp(prefix="trl_"), per_device_train_batch_size=a.groups * a.samples, num_generations=a.samples, beta=0.0,
+        report_to=[], max_completion_length=a.response, learning_rate=1e-6, max_steps=a.pairs + 1, save_strategy="no",
+        logging_strategy="no", use_cpu=device.type == "cpu", bf16=dtype == torch.bfloat16, disable_tqdm=True, shuffle_dataset=False,
+        gradient_checkpointing=False, generation_kwargs={"min_new_tokens": a.response}, temperature=1.0)
+    trl.GRPOTrainer(model=str(folder), args=args, processing_class=tokenizer, callbacks=[Clock()],
+                    train_dataset=Dataset.from_dict({"prompt": texts * (a.pairs + 2)}),
+                    reward_funcs=lambda completions, **_: rng.random(len(completions)).tolist()).train()
+    return seconds[1:], trl.__version__
+
+
+def main():
+    a = arguments(__doc__)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    folder, prompts = checkpoint(a), random_prompts(a)
+    parallel.start()
+    ours = our_step(a, folder, device, dtype, prompts)
+    ours()
+    found = beside_trl(a, folder, device, dtype, prompts, ours)
+    if found:
+        ours_s, peer_s = (statistics.median(s[i] for s in found[0]) for i in (0, 1))
+        ratio = statistics.median(peer / our for our, peer in found[0])
+    else:
+        ours_s, peer_s, ratio = statistics.median(timed(ours, device) for _ in range(a.pairs)), None, None
+    _, flops = limits(device, dtype)
+    parameters = sum(p.numel() for p in decoder.Decoder(decoder.read_shape(folder)).parameters())
+    unique = a.groups * (a.prompt + a.samples * a.response)
+    share = (6 + 2) * parameters * unique / ours_s / flops  # forward and backward, and the sampler's forward
+    print(f"ours {ours_s:.2f} s a step; TRL {f'{peer_s:.2f} s, ratio {ratio:.2f}' if found else 'is not installed'}; matrix products of "
+          f"{unique} unique tokens: {share:.0%} of the {flops / 1e9:.0f} GFLOP/s measured here")
+    finish("grpo_step", a, device, ours_s, peer_s, ratio, flop_share=round(share, 4), peer=f"trl {found[1]}" if found else None)
+    parallel.stop()
+
+
+if __name__ == "__main__":
+    main()
