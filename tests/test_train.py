@@ -728,7 +728,9 @@ OTHER = {"float": lambda v: (v or 0.5) * 1.5, "int": lambda v: (v or 1) + 1, "bo
 @pytest.mark.parametrize("name", [n for n in config.FIELDS if n != "run_dir"])
 def test_run_dir_of_another_config(name, tmp_path):
     """Only what cannot bend the run may differ, and the line names the key, both values and the way out."""
-    cfg = config.build({"run_dir": str(tmp_path), "model.path": "m"})
+    asks = {"grader": {"reward.grader": "llm"}, "extractor": {"hindsight.source": "llm"}, "writer": {"train.loss": "dpo"}}
+    role = name.split(".")[1] if name.startswith("llm.") else None
+    cfg = config.build({"run_dir": str(tmp_path), "model.path": "m", **asks.get(role, {})})
     checkpoint.open_run(cfg, 0)
     (tmp_path / "checkpoints" / "step_000002").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_000002" / "state.json").write_text("{}")
@@ -750,8 +752,8 @@ def test_run_dir_of_another_config(name, tmp_path):
     setattr(owner, leaf, new)
     free = {"train.steps", "train.epochs", "train.checkpoint_every", "train.keep_checkpoints", "train.eval_every",
             "train.tokens_per_microbatch", "rollout.max_rows", "reward.max_failed"}
-    own = ("llm.grader.model", "llm.grader.prompt", "llm.grader.temperature", "llm.grader.max_tokens")
-    if name in free or name.startswith(("eval.", "wandb.")) or name.startswith("llm.") and name not in own:
+    own = (".source", ".model", ".prompt", ".temperature", ".max_tokens")  # which model it is, where this run's data depend on it
+    if name in free or name.startswith(("eval.", "wandb.")) or name.startswith("llm.") and not name.endswith(own):
         checkpoint.open_run(cfg, 0)
         return
     with pytest.raises(InputError, match=name.replace(".", r"\.")) as error:
