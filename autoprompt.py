@@ -212,7 +212,8 @@ def shown_example(kind, example, said):
 
 
 def search(kind, cfg, own, examples):
-    """The rounds of Algorithm 1. -> (first prompt, best prompt, ledger lines)"""
+    """The rounds of Algorithm 1. -> (first prompt, best prompt, {part: [score of the first, of the best]}); the ledger is
+    written after every round."""
     folder = Path(cfg.run_dir) / "autoprompt"
     score, source = scorer(kind, cfg, own["match"])
     writer = llm.open_source("writer", cfg) if cfg.llm.writer.model else None
@@ -338,8 +339,8 @@ def key_of(a):
 def sampled_answers(cfg, n):
     """The policy's questions at continue turns of sessions it is not tested on: validation turns where there are, else training
     turns. -> [{"turn", "response"}], each once"""
-    folder = Path(cfg.run_dir) / "turns"
-    turns = load_turns(folder / ("valid.jsonl" if (folder / "valid.jsonl").is_file() else "train.jsonl"))
+    valid = Path(cfg.run_dir) / "turns" / "valid.jsonl"
+    turns = load_turns(hindsight.turns_file(cfg, "valid" if valid.is_file() else "train"))
     turns = [t for t in turns if t["decision"] == "continue"]
     turns = random.Random(cfg.seed).sample(turns, min(n, len(turns)))
     tokenizer, model, ends = policy(cfg)
@@ -426,7 +427,7 @@ def main():
             raise InputError("name the labelled file: from=FILE (what `margin` wrote)")
         return add_anchors(kind, own, anchors)
     if kind == "policy":
-        examples = load_turns(Path(cfg.run_dir) / "turns" / "train.jsonl")
+        examples = load_turns(hindsight.turns_file(cfg, "train"))
         examples = random.Random(cfg.seed).sample(examples, min(POLICY_TURNS, len(examples)))
     else:
         examples = load_anchors(anchors, kind)

@@ -208,12 +208,9 @@ def evaluate_run(cfg):
     rank, _, device = parallel.start()
     run, folder = Path(cfg.run_dir), model_of(cfg)
     lex, grader = reward.judges(cfg)
-    path = run / "turns" / "eval.jsonl"
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: run hindsight.py with this config first (data.eval_logs must be set)")
-    hindsight.check_made(cfg)
+    held_out = load_turns(hindsight.turns_file(cfg, "eval"))
     tokenizer = load_tokenizer(folder)
-    turns, prompts = encode_prompts(tokenizer, load_prompt(cfg.data.prompt), load_turns(path), cfg.rollout.max_prompt_tokens,
+    turns, prompts = encode_prompts(tokenizer, load_prompt(cfg.data.prompt), held_out, cfg.rollout.max_prompt_tokens,
                                     cfg.data.long_prompts)
     model = decoder.load(folder, device, parallel.compute_dtype(cfg.model.dtype, device))
     ends = rollout.end_ids(folder, tokenizer)

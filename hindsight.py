@@ -351,35 +351,45 @@ def check_made(cfg):
                                  f"with this config again")
 
 
+def turns_file(cfg, name):
+    """The path of run_dir/turns/NAME.jsonl, which must be there and made with this config."""
+    path = Path(cfg.run_dir) / "turns" / f"{name}.jsonl"
+    if not path.is_file():
+        hint = " (data.eval_logs must be set)" if name == "eval" else ""
+        raise InputError(f"{path} does not exist: run hindsight.py with this config first{hint}")
+    check_made(cfg)
+    return path
+
+
 def main(argv=None):
     cfg = config.load(sys.argv[1:] if argv is None else argv, __doc__)
     config.need(cfg, "data.logs", *(["data.lexicon"] if cfg.hindsight.source == "rules" else []))
     lex = lexicon.load(cfg.data.lexicon) if cfg.data.lexicon else None
     submit, source = extractor(cfg, lex)
     goal, folder = cfg.data.goal or (lex.goal if lex else ""), Path(cfg.run_dir) / "turns"
-    ids, counts, checks = frozenset(), {}, []
-    with tempfile.TemporaryDirectory(prefix=".building.", dir=made_folder(folder)) as aside:
+    ids, sessions, checks = frozenset(), {}, []
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".building.", dir=folder) as aside:
         for name, path in (("train", cfg.data.logs), ("eval", cfg.data.eval_logs)):
             if not path:
                 continue
             with open(Path(aside) / name, "w", encoding="utf-8") as out:
-                seen, used, n, report = build_file(path, out, checks, submit, source, cfg.hindsight, goal, not_in=ids)
+                seen, sessions[name], n, report = build_file(path, out, checks, submit, source, cfg.hindsight, goal, not_in=ids)
             ids = ids | seen
-            counts[name] = n, used
             print("\n".join(report))
             if not n:
                 raise InputError(f"{path} gave no turns, so nothing was written; the lines above say what was set aside")
-        valid = pick_valid(counts["train"][1], cfg.data.valid_sessions, cfg.seed)
-        if valid and len(valid) == len(counts["train"][1]):
+        valid = pick_valid(sessions["train"], cfg.data.valid_sessions, cfg.seed)
+        if valid and len(valid) == len(sessions["train"]):
             raise InputError(f"data.valid_sessions={cfg.data.valid_sessions} leaves no session of {cfg.data.logs} to "
                              f"train on; lower it")
         with whole_file(folder / "train.jsonl") as train, whole_file(folder / "valid.jsonl") as held_out, \
                 open(Path(aside) / "train", encoding="utf-8") as lines:
             for line in lines:
                 (held_out if json.loads(line)["session_id"] in valid else train).write(line)
-        if "eval" in counts:
+        if "eval" in sessions:
             (Path(aside) / "eval").replace(folder / "eval.jsonl")
-    for name, there in (("valid", valid), ("eval", "eval" in counts), ("self_check", checks)):
+    for name, there in (("valid", valid), ("eval", "eval" in sessions), ("self_check", checks)):
         if not there:  # what an earlier run with other settings left would mix with this one's
             (folder / f"{name}.jsonl").unlink(missing_ok=True)
     write_json(folder / "made.json", made_with(cfg))  # last: turns that it does not describe are refused
@@ -391,16 +401,8 @@ def main(argv=None):
     for name in ("train", "eval", "valid"):
         path = folder / f"{name}.jsonl"
         if path.is_file():
-            n, sessions = 0, set()
-            for _, turn in read_jsonl(path):
-                n += 1
-                sessions.add(turn["session_id"])
-            print(f"wrote {path}: {n} turns of {len(sessions)} sessions")
-
-
-def made_folder(path):
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+            of = Counter(turn["session_id"] for _, turn in read_jsonl(path))
+            print(f"wrote {path}: {of.total()} turns of {len(of)} sessions")
 
 
 if __name__ == "__main__":

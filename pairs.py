@@ -21,9 +21,9 @@ import numpy as np
 from tqdm import tqdm
 
 import config
+import hindsight
 import lexicon
 import llm
-import training
 from data import InputError, cli, expert_answer, load_turns, write_json, write_jsonl
 from hindsight import same, slot_key, spoken
 
@@ -114,7 +114,7 @@ def same_made(cfg):
 
 def main():
     cfg = config.load(sys.argv[1:], __doc__)
-    turns, out = load_turns(training.turns_file(cfg, "train")), Path(cfg.run_dir) / "pairs.jsonl"
+    turns, out = load_turns(hindsight.turns_file(cfg, "train")), Path(cfg.run_dir) / "pairs.jsonl"
     if cfg.llm.writer.model:
         pairs, left_out = written_pairs(turns, llm.open_source("writer", cfg))
     else:

@@ -167,14 +167,9 @@ def markdown(summary):
     return "\n".join(lines)
 
 
-def common_folder(runs):
-    """The folder that holds all these runs: where what is about all of them is written."""
-    return Path(os.path.commonpath([Path(run).resolve().parent for run in runs]))
-
-
 def view(runs):
     """Print the view of these runs; write it as table.md and table.json into the folder that holds them."""
-    summary, folder = summarise(runs), common_folder(runs)
+    summary, folder = summarise(runs), Path(os.path.commonpath([Path(run).resolve().parent for run in runs]))
     text = markdown(summary)
     print(text)
     write_text(folder / "table.md", text)

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import config
+import hindsight
 import pack
 import parallel
 import training
@@ -125,7 +126,7 @@ def main():
     if path.is_file() and not same_made(cfg):
         raise InputError(f"{path} was made with other settings than this config's: run pairs.py again")
     pairs, prompts = encode_prompts(run.tokenizer, load_prompt(cfg.data.prompt),
-                                    load_pairs(path, load_turns(training.turns_file(cfg, "train"))),
+                                    load_pairs(path, load_turns(hindsight.turns_file(cfg, "train"))),
                                     cfg.rollout.max_prompt_tokens, cfg.data.long_prompts)
     trees = training.encode_trees(run, prompts, [[pair["chosen"], pair["rejected"]] for pair in pairs])
     training.load(run, len(trees), [path, cfg.data.prompt])
@@ -134,8 +135,8 @@ def main():
     while run.step < run.total:
         began, at = time.perf_counter(), run.positions()
         training.set_lr(run)
-        chosen = training.stream(len(trees), at.start, at.stop, cfg.seed)
-        figures = train_step(run, [trees[i] for i in chosen], reference)
+        indices = training.stream(len(trees), at.start, at.stop, cfg.seed)
+        figures = train_step(run, [trees[i] for i in indices], reference)
         training.end_step(run, {**figures, "train_s": time.perf_counter() - began})
     training.finish(run)
 

@@ -104,25 +104,17 @@ def start(cfg, script):
                rollout.end_ids(folder, tokenizer), lex, grader, held_out_turns(cfg, tokenizer))
 
 
-def turns_file(cfg, name):
-    path = Path(cfg.run_dir) / "turns" / f"{name}.jsonl"
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: run hindsight.py with this config first")
-    hindsight.check_made(cfg)
-    return path
-
-
 def held_out_turns(cfg, tokenizer):
     """-> (turns, prompts) for evaluation during training, always with the prompt that mentions stopping; or None."""
     if cfg.train.eval_every is None:
         return None
-    turns = load_turns(turns_file(cfg, "valid" if cfg.data.valid_sessions else "eval"))
+    turns = load_turns(hindsight.turns_file(cfg, "valid" if cfg.data.valid_sessions else "eval"))
     return encode_prompts(tokenizer, load_prompt(cfg.data.prompt), turns, cfg.rollout.max_prompt_tokens, cfg.data.long_prompts)
 
 
 def training_turns(cfg, tokenizer):
     """-> (turns, prompts) to train on."""
-    path = turns_file(cfg, "train")
+    path = hindsight.turns_file(cfg, "train")
     turns = load_turns(path)
     if cfg.reward.mode == "no_rs":  # without R_s: continue turns only, and a prompt that never mentions stopping
         turns = [t for t in turns if t["decision"] == "continue"]

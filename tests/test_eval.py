@@ -245,7 +245,10 @@ def test_runs_side_by_side_with_conversations(run, monkeypatch, capsys):
     other = folder.with_name("other")
     shutil.copytree(folder, other)
     capsys.readouterr()
-    call(monkeypatch, "--table", folder, other, "--sessions", 1)
+    call(monkeypatch, "--table", folder, other)
+    (folder.parent / "table.json").rename(folder.parent / "renamed.json")  # a glob names files beside the runs: no runs
+    capsys.readouterr()
+    call(monkeypatch, "--table", folder, other, folder.parent / "renamed.json", "--sessions", 1)
     shown = capsys.readouterr().out
     rows = [line.split("|")[1].strip() for line in shown.splitlines() if line.startswith("| **")]
     assert rows == ["**run**", "**other**"] * 2 and "Sampled (temperature 0.7, top-p 0.9)" in shown

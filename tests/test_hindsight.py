@@ -294,3 +294,34 @@ def test_star_in_total(star, tmp_path, capsys):
     assert "753 sessions used" in capsys.readouterr().out
     firsts = {t["session_id"]: t["context"][0]["content"] for t in turns}
     assert all(t["context"][0]["content"] == firsts[t["session_id"]] for t in turns)
+
+
+def test_turns_are_vouched_for_only_when_all_are_written(tmp_path, monkeypatch):
+    """Interrupted between the turns and made.json, the stamp of before stands, and later stages refuse the new turns."""
+    logs = write(tmp_path / "log.jsonl", numbered(1))
+    run(tmp_path, logs=logs)
+    stamp = tmp_path / "run" / "turns" / "made.json"
+    before = stamp.read_text()
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hindsight, "whole_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "hindsight.user_end=drop", logs=logs)
+    assert stamp.read_text() == before and '"hindsight.user_end": "stop"' in before
+
+
+def test_an_error_does_not_stand_amid_a_progress_bar(capsys):
+    from tqdm import tqdm
+
+    from data import cli
+
+    def main():
+        bar = tqdm(total=3, desc="work")  # held by its name while the error passes
+        bar.update()
+        raise InputError("bad")
+
+    with pytest.raises(SystemExit):
+        cli(main)
+    assert "\nerror: bad\n" in capsys.readouterr().err
