@@ -21,9 +21,10 @@ import config
 from data import InputError, read_jsonl, write_json, write_jsonl
 from model import shard_rows
 
-# Keys that may differ when a run goes on: how long, how often to look, where to log.
+# Keys that may differ when a run goes on: how long, how often to look, where to log, what fits in memory.
 MAY_CHANGE = ("train.steps", "train.epochs", "train.checkpoint_every", "train.keep_checkpoints", "train.eval_every",
-              "train.tokens_per_microbatch", "rollout.max_rows", "reward.max_failed")  # and all of eval. and wandb.
+              "train.tokens_per_microbatch", "train.activation_checkpointing", "train.compile", "rollout.max_rows",
+              "reward.max_failed", "plan", "gpus", "gpu_gib")  # and all of eval. and wandb.
 
 
 def may_change(name, cfg):
@@ -64,7 +65,7 @@ def _tensors(model, optimizer):
 def fresh_moments(model, optimizer, updates=0):
     """AdamW makes its moments at its first step; make them now, so that a checkpoint can be filled in or written at once."""
     for p in model.parameters():
-        optimizer.state[p] = {"step": torch.tensor(float(updates)), "exp_avg": torch.zeros_like(p),
+        optimizer.state[p] = {"step": torch.tensor(float(updates), device=p.device), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
 
 

@@ -3,6 +3,7 @@
 One class serves trainer and sampler. Tokens are packed: a forward pass takes N tokens of any number of sequences in one
 row, and who sees whom is decided by `attend(layer, q, k, v)`, a function the caller brings (the trainer: prompt + answers
 as a tree; the sampler: prompt cache + own answer). Parameter names are Hugging Face's, so loading and saving is by name.
+The last layer computes only the rows whose next token is asked for: of the others nobody reads more than keys and values.
 
 Letters: N packed tokens, H hidden size, A query heads, K key/value heads, D head size, V vocabulary, S attention spans.
 Norms, rotary angles and softmax run in float32 at least; float64 stays float64 (tests rely on it).
@@ -23,7 +24,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
+from torch.utils.checkpoint import checkpoint
 
 from data import InputError, write_json
 
@@ -50,6 +52,7 @@ class Spans:
 
     def __post_init__(self):
         self.max_q, self.max_k = int(self.q_len.max()), int(self.k_len.max())
+        self.whole = self.q_rows is self.k_rows  # whole sequences: kernels know their mask without being given one
 
     @cached_property
     def offsets(self):
@@ -59,7 +62,7 @@ class Spans:
 
     @cached_property
     def padded(self):
-        """The same as rectangles: q_pad [S max_q] and k_pad [S max_k] (rows to read), mask [S, 1, max_q, max_k], and
+        """The same as rectangles: q_pad [S max_q] and k_pad [S max_k] (rows to read), what to add to scores [S, 1, max_q, max_k], and
         q_slot [sum q_len], where real queries sit. Padding is told by lengths, never by token ids; a padded query sees
         some key, so that no softmax is empty, and its output is dropped."""
         device = self.q_rows.device
@@ -68,36 +71,50 @@ class Spans:
         q_real, k_real = q_at < q_len, k_at < k_len  # [S, max_q], [S, max_k]
         q_pad, k_pad = (torch.zeros(real.shape, dtype=torch.long, device=device).masked_scatter(real, rows).flatten()
                         for real, rows in ((q_real, self.q_rows), (k_real, self.k_rows)))
-        mask = k_at <= (k_len - q_len + q_at)[:, :, None]
-        return q_pad, k_pad, mask[:, None], q_real.flatten().nonzero().flatten()
+        mask = None if self.whole else torch.where(k_at <= (k_len - q_len + q_at)[:, :, None], 0.0, -torch.inf)[:, None]
+        return q_pad, k_pad, mask, q_real.flatten().nonzero().flatten()
 
 
 def attention(q, k, v, spans):
     """softmax(q k^T / sqrt(D)) v within each span. q [N, A, D], k and v [N, K, D] -> [sum q_len, A, D].
 
     CUDA in half precision: flash-attn's varlen kernel where installed, else PyTorch's own. Otherwise
-    scaled_dot_product_attention over padded spans with a mask.
+    scaled_dot_product_attention over padded spans, causal or with a mask.
     """
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(q.index_select(0, spans.q_rows), k.index_select(0, spans.k_rows), v.index_select(0, spans.k_rows), spans)
+    if half_on_cuda(q):
+        q, k, v = q.index_select(0, spans.q_rows), k.index_select(0, spans.k_rows), v.index_select(0, spans.k_rows)
+        return varlen(q, k, v, *spans.offsets, spans.max_q, spans.max_k, causal=True)
     S, (q_pad, k_pad, mask, q_slot) = len(spans.q_len), spans.padded
+    mask = None if mask is None else mask.to(q.dtype)
     q = q.index_select(0, q_pad).view(S, spans.max_q, *q.shape[1:]).transpose(1, 2)  # [S, A, max_q, D]
     k = k.index_select(0, k_pad).view(S, spans.max_k, *k.shape[1:]).transpose(1, 2)  # [S, K, max_k, D]
     v = v.index_select(0, k_pad).view(S, spans.max_k, *v.shape[1:]).transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=spans.whole, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2).flatten(0, 1).index_select(0, q_slot)
 
 
-def _varlen(q, k, v, spans):
-    sizes = (*spans.offsets, spans.max_q, spans.max_k)
+def half_on_cuda(x):
+    """Whether the varlen kernels take such tensors."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def varlen(q, k, v, cu_q, cu_k, max_q, max_k, causal, lse=False):
+    """Attention of sequences packed one after the other by a varlen kernel. q [Nq, A, D], k and v [Nk, K, D]; cu_q, cu_k [S + 1]
+    where each starts, int32 -> [Nq, A, D], with lse also the log-sum-exp of the scores [Nq, A]."""
+    sizes = (cu_q, cu_k, max_q, max_k)
     if flash_attn_varlen_func is not None:
-        return flash_attn_varlen_func(q, k, v, *sizes, causal=True)
-    causal = {"window_size": (-1, 0)} if "window_size" in VARLEN_ARGUMENTS else {"is_causal": True}  # newer | older torch
-    if "enable_gqa" in VARLEN_ARGUMENTS:
-        causal["enable_gqa"] = q.shape[1] != k.shape[1]
-    elif q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return varlen_attn(q, k, v, *sizes, **causal)
+        out = flash_attn_varlen_func(q, k, v, *sizes, causal=causal, return_attn_probs=lse)
+    else:
+        how = {"return_aux": AuxRequest(lse=True)} if lse else {}
+        if causal:
+            how |= {"window_size": (-1, 0)} if "window_size" in VARLEN_ARGUMENTS else {"is_causal": True}  # newer | older torch
+        if q.shape[1] != k.shape[1]:
+            if "enable_gqa" in VARLEN_ARGUMENTS:
+                how["enable_gqa"] = True
+            else:
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        out = varlen_attn(q, k, v, *sizes, **how)
+    return (out[0], out[1].transpose(0, 1)) if lse else out  # the kernels give the log-sum-exp as [A, Nq]
 
 
 def causal_spans(lengths, device="cpu"):
@@ -128,6 +145,7 @@ class Shape:
     tied: bool
 
 
+FEW_ROWS = 400  # up to so many a CPU multiplies faster with the weights on the left
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -180,12 +198,11 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        h = wide(x)
-        return self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope_angles(shape, positions, dtype):
-    """Rotary cos and sin of these positions [N] -> two [N, 1, D] tensors."""
+    """Rotary cos and sin of these positions [N] -> two [N, 1, D] tensors; sin's first half has the sign that rotate needs."""
     at_least = torch.float64 if dtype == torch.float64 else torch.float32
     even = torch.arange(0, shape.head_dim, 2, dtype=at_least, device=positions.device)
     freq = 1.0 / shape.theta ** (even / shape.head_dim)  # [D/2]
@@ -195,19 +212,19 @@ def rope_angles(shape, positions, dtype):
         ramp = ((old * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         freq = freq * (ramp + (1 - ramp) / s["factor"])
     angle = positions.to(at_least)[:, None] * freq  # [N, D/2]
-    angle = torch.cat([angle, angle], dim=-1)[:, None]  # [N, 1, D]
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    sin, cos = angle.sin(), angle.cos()
+    return tuple(torch.cat(x, dim=-1)[:, None].to(dtype) for x in ((cos, cos), (-sin, sin)))  # [N, 1, D]
 
 
 def rotate(x, cos, sin):
     a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)
 
 
 class Attention(nn.Module):
-    def __init__(self, s, index):
+    def __init__(self, s):
         super().__init__()
-        self.index, self.head_dim = index, s.head_dim
+        self.head_dim = s.head_dim
         self.q_proj = nn.Linear(s.hidden, s.heads * s.head_dim, bias=s.qkv_bias)
         self.k_proj = nn.Linear(s.hidden, s.kv_heads * s.head_dim, bias=s.qkv_bias)
         self.v_proj = nn.Linear(s.hidden, s.kv_heads * s.head_dim, bias=s.qkv_bias)
@@ -216,12 +233,30 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = RMSNorm(s.head_dim, s.eps), RMSNorm(s.head_dim, s.eps)
         self.qk_norm = s.qk_norm
 
-    def forward(self, x, cos, sin, attend):  # x [N, H]
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x, cos, sin, select):  # x [N, H] -> q [N, A, D] (select: [M, A, D]), k and v [N, K, D]
+        k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.k_proj, self.v_proj))
+        q = self.q_proj(rows(x, select)).unflatten(-1, (-1, self.head_dim))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(self.index, rotate(q, cos, sin), rotate(k, cos, sin), v)  # [N, A, D]
-        return self.o_proj(out.flatten(1))
+        return rotate(q, rows(cos, select), rows(sin, select)), rotate(k, cos, sin), v
+
+
+def rows(x, select):
+    return x if select is None else x.index_select(0, select)
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, keeping only gate and up for the backward pass (autograd would keep silu(gate) too)."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 class MLP(nn.Module):
@@ -232,19 +267,37 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(s.mlp, s.hidden, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if torch.is_grad_enabled():
+            return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        if x.is_cuda or len(x) > FEW_ROWS:
+            return self.down_proj(F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x)))
+        gate, up = self.gate_proj.weight @ x.T, self.up_proj.weight @ x.T
+        return (self.down_proj.weight @ F.silu(gate, inplace=True).mul_(up)).T
 
 
 class Layer(nn.Module):
     def __init__(self, s, index):
         super().__init__()
+        self.index = index
         self.input_layernorm = RMSNorm(s.hidden, s.eps)
-        self.self_attn = Attention(s, index)
+        self.self_attn = Attention(s)
         self.post_attention_layernorm = RMSNorm(s.hidden, s.eps)
         self.mlp = MLP(s)
+        self.checkpointed = False  # activation checkpointing: keep the layer's input alone, compute the rest again
 
-    def forward(self, x, cos, sin, attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+    def forward(self, *args):
+        if self.checkpointed and torch.is_grad_enabled():
+            return checkpoint(self.compute, *args, use_reentrant=False, preserve_rng_state=False)
+        return self.compute(*args)
+
+    def compute(self, x, cos, sin, attend, select):
+        return self.after(rows(x, select), attend(self.index, *self.before(x, cos, sin, select)))
+
+    def before(self, x, cos, sin, select):  # before and after: what torch.compile is given
+        return self.self_attn(self.input_layernorm(x), cos, sin, select)
+
+    def after(self, x, out):  # [N, H], [N, A, D] -> [N, H]
+        x = x + self.self_attn.o_proj(out.flatten(1))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -259,16 +312,17 @@ class Decoder(nn.Module):
         if not shape.tied:
             self.lm_head = nn.Linear(shape.hidden, shape.vocab, bias=False)
 
-    def forward(self, tokens, positions, attend, select=None):
-        """tokens, positions [N]; select [M] packed rows whose next token is asked for (None: all) -> logits [M, V]."""
+    def forward(self, tokens, positions, attend, select=None, head=F.linear):
+        """tokens, positions [N]; select [M] packed rows whose next token is asked for (None: all) -> logits [M, V], or what
+        head(hidden [M, H], weight [V, H]) makes of them. In the last layer `attend` gets the queries of `select` alone."""
         x = self.model.embed_tokens(tokens)  # [N, H]
         cos, sin = rope_angles(self.shape, positions, x.dtype)
         for layer in self.model.layers:
             # While the weights are gathered for sampling, FSDP's hooks around each layer have nothing to do.
-            x = (layer.forward if self.gathered else layer)(x, cos, sin, attend)
-        x = self.model.norm(x if select is None else x[select])
-        head = self.model.embed_tokens if self.shape.tied else self.lm_head
-        return F.linear(x, head.weight)
+            last = select if layer is self.model.layers[-1] else None
+            x = (layer.forward if self.gathered else layer)(x, cos, sin, attend, last)
+        x = self.model.norm(x)  # [M, H]
+        return head(x, (self.model.embed_tokens if self.shape.tied else self.lm_head).weight)
 
 
 @contextlib.contextmanager
@@ -289,8 +343,8 @@ def gathered(model):
 
 # ------------------------------------------------------------------------------------------------ folders in and out
 
-def resolve(path):
-    """A local folder as it is; anything else is a hub id, downloaded by huggingface_hub."""
+def resolve(path, files=("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")):
+    """A local folder as it is; anything else is a hub id, whose files huggingface_hub downloads."""
     path = os.path.expanduser(path)
     if Path(path).is_dir():
         return Path(path)
@@ -298,7 +352,7 @@ def resolve(path):
         raise InputError(f"model.path: no such folder: {path}")
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+        return Path(snapshot_download(path, allow_patterns=list(files)))
     except Exception as error:  # the hub's many errors (offline, unknown id, no access) all leave the user without weights
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"model.path: {path!r} is neither a local folder nor a hub id that could be downloaded "

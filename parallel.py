@@ -1,5 +1,6 @@
 """One process per device: start the process group, shard a model with FSDP2, exchange small objects."""
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,10 @@ def start():
 
 def stop():
     """Leave the process group (NCCL warns at exit where a process did not)."""
+    several = dist.get_world_size() > 1
     dist.destroy_process_group()
+    if several:  # a thread of gloo's that still drops its last tensors while the interpreter shuts down would abort the process
+        time.sleep(0.5)
 
 
 def compute_dtype(name, device):

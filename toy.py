@@ -646,7 +646,8 @@ def train_base(docs, tokenizer, folder, seed, steps=None):
         spans = decoder.causal_spans(lengths)
         scored = weights.nonzero().flatten()  # [M]
         logits = model(ids, torch.cat([torch.arange(n) for n in lengths]),
-                       lambda layer, q, k, v: decoder.attention(q, k, v, spans), scored - 1)  # [M, V]
+                       lambda layer, q, k, v: decoder.attention(q, k, v, spans),
+                       head=lambda x, weight: F.linear(x[scored - 1], weight))  # [M, V]
         loss = F.cross_entropy(logits, ids[scored], reduction="none") @ weights[scored] / weights.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -120,7 +120,7 @@ def load_pairs(path, turns):
 
 
 def main():
-    cfg = config.load(sys.argv[1:], __doc__)
+    cfg = config.load(sys.argv[1:], __doc__, may_plan=True)
     run = training.start(cfg, "train_dpo.py")
     path = Path(cfg.run_dir) / "pairs.jsonl"
     if path.is_file() and not same_made(cfg):

@@ -246,7 +246,7 @@ def figures_of(graded, groups):
 
 
 def main():
-    cfg = config.load(sys.argv[1:], __doc__)
+    cfg = config.load(sys.argv[1:], __doc__, may_plan=True)
     t = cfg.train
     run = training.start(cfg, "train_grpo.py")
     if t.loss not in LOSSES:

@@ -36,7 +36,7 @@ def train_step(run, trees):
 
 
 def main():
-    cfg = config.load(sys.argv[1:], __doc__)
+    cfg = config.load(sys.argv[1:], __doc__, may_plan=True)
     run = training.start(cfg, "train_sft.py")
     turns, prompts = training.training_turns(cfg, run.tokenizer)
     trees = training.encode_trees(run, prompts, [[expert_answer(turn)] for turn in turns])

@@ -199,7 +199,7 @@ def test_an_outage_during_an_evaluation_keeps_the_step(monkeypatch, tmp_path):
     """The step is logged and saved, then the error goes on."""
     done = []
     run = SimpleNamespace(cfg=config.build({"run_dir": str(tmp_path), "train.eval_every": 1}), step=3, synced=3, bad=0, total=9, size=10,
-                          held_out=([], []), optimizer=SimpleNamespace(param_groups=[{"lr": 0.1}]),
+                          held_out=([], []), optimizer=SimpleNamespace(param_groups=[{"lr": 0.1}], zero_grad=lambda **_: None),
                           log=SimpleNamespace(write=lambda record: done.append(record["step"])))
     monkeypatch.setattr(training, "save", lambda run: done.append("saved"))
 

@@ -92,8 +92,10 @@ def test_packed_equals_one_by_one_and_select_picks_rows(make_checkpoint):
     for s, got in zip(seqs, together):
         torch.testing.assert_close(got, packed_logits(model, [s])[0], atol=1e-10, rtol=0)
     spans, rows = decoder.causal_spans(LENGTHS), torch.tensor([108, 4, 0])
+    last = decoder.Spans(torch.arange(3), torch.cat([torch.arange(76, 109), torch.arange(5), torch.arange(1)]),
+                         torch.tensor([1, 1, 1]), torch.tensor([33, 5, 1]))  # of the last layer's queries only these are computed
     some = model(torch.cat(seqs), torch.cat([torch.arange(n) for n in LENGTHS]),
-                 lambda layer, q, k, v: decoder.attention(q, k, v, spans), select=rows)
+                 lambda layer, q, k, v: decoder.attention(q, k, v, last if layer == 1 else spans), select=rows)
     torch.testing.assert_close(some, torch.cat(together)[rows], atol=1e-12, rtol=0)
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 import model as decoder
 import pack
+from bench.common import peak_bytes
 from conftest import VOCAB, make_model
 from pack import Tree, balance, logprobs, split_tree
 from train_grpo import gspo_loss
@@ -139,6 +140,98 @@ def test_gspo_statistics_are_per_sequence_under_packing():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
+# ------------------------------------------------------------------------------------------------ chunked log-probs
+
+def plain_scores(x, weight, targets, temperature):
+    logp = F.log_softmax(x @ weight.T / temperature, -1)
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 11, 64])
+def test_chunked_logprobs_are_plain_ones(monkeypatch, rows, entropy):
+    g = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(n, 6, generator=g, dtype=torch.float64, requires_grad=True) for n in (11, 29))
+    targets, (a, b) = torch.randint(0, 29, (11,), generator=g), torch.randn(2, 11, generator=g, dtype=torch.float64)
+    monkeypatch.setattr(pack, "LOGITS", rows * 29)
+    assert len(pack.chunks(x, weight)) == -(-11 // rows)
+    got, want = pack.TokenLogprobs.apply(x, weight, targets, 0.7, entropy), plain_scores(x, weight, targets, 0.7)
+    for p, q in zip(got, want):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+    assert got[1].requires_grad == entropy
+    losses = [(a * logp).sum() + (b * h).sum() * entropy for logp, h in (got, want)]
+    for p, q in zip(*(torch.autograd.grad(loss, (x, weight)) for loss in losses)):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_chunked_logprobs_in_bfloat16(monkeypatch):
+    """Logits rounded to bfloat16 as the plain way does, everything after in float32; the weight's gradient is summed in float32."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 16, generator=g).bfloat16().requires_grad_() for n in (200, 50))
+    targets = torch.randint(0, 50, (200,), generator=g)
+    monkeypatch.setattr(pack, "LOGITS", 50)
+    logp, entropy = pack.TokenLogprobs.apply(x, weight, targets, 1.0, False)
+    assert logp.dtype == entropy.dtype == torch.float32
+    torch.testing.assert_close(logp, (x @ weight.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0])
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    wanted = torch.autograd.grad(plain_scores(*exact, targets, 1.0)[0].sum(), exact)
+    for got, want in zip(torch.autograd.grad(logp.sum(), (x, weight)), wanted):
+        assert (got.double() - want).norm() < 0.004 * want.norm()
+
+
+def test_memory_of_the_logprobs_does_not_grow_with_tokens_times_vocabulary(monkeypatch):
+    monkeypatch.setattr(pack, "LOGITS", 2 ** 16)
+    H = 4
+
+    def peak(M, V, function):
+        x, weight = torch.randn(M, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+        targets = torch.randint(0, V, (M,))
+        return peak_bytes(lambda: function(x, weight, targets)[0].sum().backward(), torch.device("cpu"))
+
+    chunked = {(M, V): peak(M, V, lambda x, w, t: pack.TokenLogprobs.apply(x, w, t, 1.0, False))
+               for M in (512, 4096) for V in (512, 4096)}
+    for (M, V), took in chunked.items():
+        linear = 4 * (3 * V * H + M * (H + 5))  # gradients of weight (and two sums on their way) and hidden states, a few numbers a token
+        assert took < 2 * 4 * 2 ** 16 + linear + 8192, (M, V)
+    assert peak(4096, 4096, lambda x, w, t: plain_scores(x, w, t, 1.0)) > 20 * chunked[4096, 4096]
+
+
+# ------------------------------------------------------------------------------------------- activation checkpointing
+
+def test_activation_checkpointing_changes_nothing_but_what_is_kept():
+    model, _ = tiny()
+    packed, kept = pack.pack(TREES), {}
+    w = weights(len(packed.targets))
+    grads = {}
+    for checkpointed in (False, True):
+        for layer in model.model.layers:
+            layer.checkpointed = checkpointed
+        kept[checkpointed] = 0
+
+        def count(t):
+            kept[checkpointed] += t.numel()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            logp, _ = logprobs(model, packed)
+        grads[checkpointed] = gradients(model, (w * logp).sum())
+    for a, b in zip(grads[True], grads[False]):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert kept[True] < 0.5 * kept[False]
+
+
+def test_compiled_layers_compute_the_same():
+    """torch.compile without the code generator of a backend: what it traces is one graph for each part, forward and backward."""
+    model, _ = tiny()
+    packed = pack.pack(TREES)
+    w = weights(len(packed.targets))
+    want = gradients(model, (w * logprobs(model, packed)[0]).sum())
+    for layer in model.model.layers:
+        layer.before, layer.after = (torch.compile(f, dynamic=True, backend="aot_eager", fullgraph=True) for f in (layer.before, layer.after))
+    for a, b in zip(gradients(model, (w * logprobs(model, packed)[0]).sum()), want):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 # --------------------------------------------------------------------------------------------------- sharing out
 
 def test_dummy_gives_zero_gradient():
@@ -204,3 +297,34 @@ def test_split_is_exact(budget):
     torch.testing.assert_close(split, whole, rtol=1e-11, atol=1e-12)
     for a, b in zip(gradients(model, (w * split).sum()), gradients(model, (w * whole).sum())):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+# ---------------------------------------------------------------------------------------------------------------- GPU
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_cuda_shared_gradients_equal_unshared(dtype, tolerance):
+    """A tree against the same answers each with a prompt of its own, both on CUDA, and against float64 on the CPU."""
+    exact, _ = tiny()
+    model = decoder.Decoder(exact.shape).to("cuda", dtype)
+    model.load_state_dict(exact.state_dict())
+    w = weights(sum(len(a) for t in TREES for a in t.answers))
+    alone = [Tree(t.prompt, [a], [i]) for t in TREES for a, i in zip(t.answers, t.index)]
+    want = gradients(exact, (w * logprobs(exact, pack.pack(TREES))[0]).sum())
+    for trees in (TREES, alone):
+        logp, _ = logprobs(model, pack.pack(trees, "cuda"))
+        for a, b in zip(gradients(model, (w.cuda() * logp).sum()), want):
+            assert (a.cpu().double() - b).norm() <= tolerance * b.norm() + 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("entropy", [False, True])
+def test_cuda_chunked_logprobs_are_plain_ones(monkeypatch, entropy):
+    g = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 64, generator=g).cuda().requires_grad_() for n in (300, 5000))
+    targets = torch.randint(0, 5000, (300,), generator=g).cuda()
+    monkeypatch.setattr(pack, "LOGITS", 70 * 5000)
+    got, want = pack.TokenLogprobs.apply(x, weight, targets, 0.7, entropy), plain_scores(x, weight, targets, 0.7)
+    losses = [logp.sum() + h.sum() * entropy for logp, h in (got, want)]
+    for p, q in zip([*got, *torch.autograd.grad(losses[0], (x, weight))], [*want, *torch.autograd.grad(losses[1], (x, weight))]):
+        assert (p - q).norm() <= 1e-4 * q.norm()
