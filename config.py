@@ -138,6 +138,8 @@ class Train:
                                             "only evaluated", at_least=0)
     tokens_per_microbatch: int = key(16384, "token budget of one forward pass per rank (one prompt with one answer, in DPO "
                                             "one pair, may exceed it)", at_least=1)
+    activation_checkpointing: bool = key(False, "keep only each layer's input for the backward pass and compute the rest again")
+    compile: bool = key(False, "torch.compile the layers but for attention (a minute or so at the start)")
     checkpoint_every: int = key(50, "steps between checkpoints (taken at the next sync boundary)", at_least=1)
     keep_checkpoints: int = key(2, "newest checkpoints kept", at_least=1)
     eval_every: typing.Optional[int] = key(50, "steps between evaluations (at the next sync boundary); null: none",
@@ -160,6 +162,9 @@ class Wandb:
 @dataclass
 class Config:
     run_dir: str = key("", "everything this experiment writes goes here")
+    plan: bool = key(False, "print how much memory training and sampling take on each GPU, whether it fits, and stop")
+    gpus: typing.Optional[int] = key(None, "plan: number of GPUs; null: the processes there are, on the device there is", at_least=1)
+    gpu_gib: float = key(80.0, "plan: memory of a GPU in GiB, where gpus is given", above=0)
     seed: int = key(0, "data order, sampling noise, and which sessions are set aside for validation", at_least=0)
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
@@ -326,13 +331,16 @@ def build(flat):
     for name, samples in (("rollout.samples", cfg.rollout.samples), ("eval.samples", cfg.eval.samples)):
         if samples > cfg.rollout.max_rows:
             raise InputError(f"rollout.max_rows={cfg.rollout.max_rows} cannot hold one group of {name}={samples}")
+    if cfg.gpus is not None and not cfg.plan or cfg.gpu_gib != Config().gpu_gib and cfg.gpus is None:
+        raise InputError("gpus has no effect without plan=true, and gpu_gib none without gpus: torchrun says how many processes train")
     if not cfg.run_dir:
         raise InputError("run_dir is not set: name the folder this experiment writes to")
     return cfg
 
 
-def load(argv, doc=None):
-    """Command line (YAML file, then key=value ...) -> Config. `--help` prints every key and ends the process."""
+def load(argv, doc=None, may_plan=False):
+    """Command line (YAML file, then key=value ...) -> Config. `--help` prints every key and ends the process. doc: the script's
+    docstring; may_plan: whether it knows what plan=true means."""
     if any(a in ("-h", "--help") for a in argv):
         print(help_text(doc))
         raise SystemExit(0)
@@ -351,6 +359,8 @@ def load(argv, doc=None):
             raise InputError(f"command line: the value of {name} is not valid YAML: {text!r}") from None
         kind = FIELDS[name].type
         flat[name] = _coerce(name, text if kind is str else value, "command line")
+    if doc and flat.get("plan") and not may_plan:
+        raise InputError("plan=true is for train_grpo.py, train_sft.py and train_dpo.py")
     return build(flat)
 
 

@@ -5,6 +5,7 @@ start -> (their data) -> load -> for each step: set_lr, optimizer_step, end_step
 """
 import hashlib
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import llm
 import model as decoder
 import pack
 import parallel
+import plan
 import reward
 import rollout
 from data import InputError, encode_answer, encode_prompts, load_prompt, load_tokenizer, load_turns, write_jsonl
@@ -95,13 +97,16 @@ def start(cfg, script):
         raise InputError(f"train.loss={cfg.train.loss} is what {script_of(cfg.train.loss)} trains with, not {script}")
     if cfg.train.steps == 0:
         raise InputError("train.steps=0 is a row that never trains (Base): evaluate it with eval.py")
+    if cfg.plan:
+        sys.exit(not plan.show(cfg))
     rank, world, device = parallel.start()
+    dtype, folder = parallel.compute_dtype(cfg.model.dtype, device), decoder.resolve(cfg.model.path)
+    plan.check(cfg, decoder.read_shape(folder), world, device, dtype, min(parallel.all_gather(plan.capacity(cfg, device))))
     checkpoint.open_run(cfg, rank)
-    folder = decoder.resolve(cfg.model.path)
     tokenizer = load_tokenizer(folder)
     lex, grader = reward.judges(cfg)
-    return Run(cfg, rank, world, device, parallel.compute_dtype(cfg.model.dtype, device), folder, tokenizer,
-               rollout.end_ids(folder, tokenizer), lex, grader, held_out_turns(cfg, tokenizer))
+    return Run(cfg, rank, world, device, dtype, folder, tokenizer, rollout.end_ids(folder, tokenizer), lex, grader,
+               held_out_turns(cfg, tokenizer))
 
 
 def held_out_turns(cfg, tokenizer):
@@ -151,7 +156,11 @@ def load(run, size, sources):
         raise InputError(f"{size} examples x {t.epochs} epochs do not fill one step of train.prompts_per_step={t.prompts_per_step}")
     run.inputs = hashlib.sha256(b"".join(Path(p).read_bytes() for p in sources)).hexdigest()
     run.model = parallel.load_sharded(run.folder, run.device, run.dtype)
-    run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=t.lr, betas=tuple(t.betas), weight_decay=t.weight_decay)
+    for layer in run.model.model.layers:
+        layer.checkpointed = t.activation_checkpointing
+        if t.compile:
+            layer.before, layer.after = (torch.compile(f, dynamic=True) for f in (layer.before, layer.after))
+    run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=t.lr, betas=tuple(t.betas), weight_decay=t.weight_decay, fused=True)
     found = checkpoint.all_checkpoints(Path(cfg.run_dir) / "checkpoints")
     if found:
         state = checkpoint.load(found[-1], run.model, run.optimizer)
@@ -186,6 +195,7 @@ def optimizer_step(run):
 def end_step(run, record, boundary=True):
     """Count and log a step; at a sync boundary evaluate and save where due. Several bad steps in a row end the run."""
     t, lr = run.cfg.train, run.optimizer.param_groups[0]["lr"]
+    run.optimizer.zero_grad(set_to_none=True)  # rollouts need the memory
     run.step += 1
     run.bad = 0 if record["finite"] else run.bad + 1
     # null: nothing was computed, or it is not finite (JSON has no NaN)

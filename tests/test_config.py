@@ -301,6 +301,10 @@ ELSEWHERE = {  # what bounds memory or only decides whether to go on: no figure 
     "rollout.max_prompt_tokens": "test_train.py: test_bad_input[long prompts]",
     "rollout.max_rows": "below: test_max_rows_bounds_the_rows_decoded_at_once",
     "train.tokens_per_microbatch": "test_train.py: test_micro_batches_do_not_change_the_gradient counts the micro-batches",
+    "train.activation_checkpointing": "test_plan.py: test_options_that_only_memory_and_time_know_of",
+    "train.compile": "test_plan.py: test_options_that_only_memory_and_time_know_of",
+    "plan": "test_plan.py: test_the_plan_as_printed", "gpus": "test_plan.py: test_the_plan_as_printed",
+    "gpu_gib": "test_plan.py: test_the_plan_as_printed",
     "reward.max_failed": "test_llm.py: test_a_few_failed_gradings_do_not_stop_training and the one before it",
     "llm.writer.prompt": "test_llm.py: test_every_key_of_a_role_acts",
 } | {f"llm.{role}.{key}": "test_llm.py: test_every_key_of_a_role_acts, test_source_local_is_a_checkpoint" for role in ("extractor", "grader", "writer")

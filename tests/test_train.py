@@ -27,6 +27,7 @@ import rollout
 import train_grpo
 import training
 from data import InputError, cli, write_json
+import model as decoder
 from model import Decoder
 from test_pack import alone
 from train_grpo import LOSSES, Group, prepare, train_step
@@ -751,7 +752,8 @@ def test_run_dir_of_another_config(name, tmp_path):
         new = ["other"]
     setattr(owner, leaf, new)
     free = {"train.steps", "train.epochs", "train.checkpoint_every", "train.keep_checkpoints", "train.eval_every",
-            "train.tokens_per_microbatch", "rollout.max_rows", "reward.max_failed"}
+            "train.tokens_per_microbatch", "train.activation_checkpointing", "train.compile", "rollout.max_rows", "reward.max_failed",
+            "plan", "gpus", "gpu_gib"}
     own = (".source", ".model", ".prompt", ".temperature", ".max_tokens")  # which model it is, where this run's data depend on it
     if name in free or name.startswith(("eval.", "wandb.")) or name.startswith("llm.") and not name.endswith(own):
         checkpoint.open_run(cfg, 0)
@@ -786,6 +788,28 @@ def test_what_turns_and_prompts_are_trained_on(tmp_path, tiny_checkpoint, tiny_t
     assert len(held) == 3 and not any("Never stop" in tiny_tokenizer.decode(p) for p in held_prompts)
     assert len(read("data.valid_sessions=5")[1][0]) == 20  # the validation turns in place of the held-out ones
     assert read("train.eval_every=null")[1] is None
+
+# ---------------------------------------------------------------------------------------------------------------- GPU
+
+@pytest.mark.gpu
+def test_cuda_one_fsdp_step_equals_the_cpus(one_rank, folders, rollouts):
+    """bfloat16 under FSDP2 on one GPU against float64 on the CPU: the figures and the direction of the gradient; AdamW, fused, moves
+    the weights, and a checkpoint's moments and step can be made and read on the device."""
+    groups, cfg = as_groups(rollouts), make_config(train__entropy_coef=0.05, train__tokens_per_microbatch=60, train__steps_per_sync=1)
+    exact = decoder.load(folders[0], "cpu", torch.float64).requires_grad_(True)
+    want, grads, _ = step(exact, groups, cfg)
+    model = parallel.load_sharded(folders[0], one_rank, torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    checkpoint.fresh_moments(model, optimizer)
+    batch, before = prepare(groups, cfg, 0, 1, one_rank), {n: whole(p) for n, p in model.named_parameters()}
+    got = train_step(SimpleNamespace(model=model, optimizer=optimizer, cfg=cfg, device=one_rank), None, batch, True)
+    assert got["finite"] and got["loss"] == pytest.approx(want["loss"], rel=0.05, abs=1e-3)
+    assert got["entropy"] == pytest.approx(want["entropy"], rel=0.05) and got["trained_tokens"] == want["trained_tokens"]
+    for name, p in model.named_parameters():
+        a, b = whole(p.grad).double().cpu().flatten(), grads[name].flatten()
+        assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.98, name
+        assert not torch.equal(whole(p), before[name]), name
+        assert optimizer.state[p]["step"].is_cuda and int(optimizer.state[p]["step"]) == 1
 
 
 if __name__ == "__main__":
