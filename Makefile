@@ -2,6 +2,7 @@
 # make table1 [SEEDS=3]   the nine rows of Table 1 on the toy pharmacy; goes on where it was interrupted
 # make table2             Auto-Prompt behind a server that plays the language models: base, original and calibrated prompts
 # make test               the test suite
+# make bench              ours beside TRL and transformers, on the device there is; lines are added to bench/results/ (about an hour on two cores)
 
 SEED ?= 0
 SEEDS ?= 1
@@ -17,7 +18,7 @@ OVERRIDES := $(if $(filter-out 0,$(SEED)),seed=$(SEED) model.path=$(ROOT)/world/
 	data.eval_logs=$(ROOT)/world/test.jsonl data.lexicon=$(ROOT)/world/lexicon.yaml)
 ROOTS = $(ROOT) $(foreach seed,$(shell seq 1 $(SEEDS)),$(if $(filter-out $(SEEDS),$(seed)),runs/toy-seed$(seed)))
 
-.PHONY: demo table1 table2 test world rows
+.PHONY: demo table1 table2 test bench world rows
 .DELETE_ON_ERROR:
 
 demo: ROWS = base grpo
@@ -60,6 +61,16 @@ world: .venv/installed
 
 test: .venv/installed
 	env -u CUDA_VISIBLE_DEVICES $(PY) -m pytest -q --doctest-modules *.py tests
+
+# The peers are optional and stay out of requirements.txt. All cores and the GPU, if there is one, are used.
+BENCH := env -u CUDA_VISIBLE_DEVICES -u OMP_NUM_THREADS $(PY) bench
+PROMPTS ?= 600 256 64 2000
+bench: .venv/installed
+	.venv/bin/pip install -q -c requirements.txt trl==1.16.0
+	$(BENCH)/rollout.py
+	$(BENCH)/train_tokens.py --groups 2 --sizes 1,2,5,10,20
+	for prompt in $(PROMPTS); do for answers in 8 16 0; do \
+		$(BENCH)/grpo_step.py --prompt $$prompt --peer-batch $$answers || exit 1; done; done
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv
