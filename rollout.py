@@ -325,7 +325,7 @@ class Slots:
             state[to] = state[source]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, prompts, *, samples, max_new_tokens, temperature, ends, seed, top_p=1.0, keys=None, max_rows=320,
              max_prompts=None, bar=None, on_answer=None, static=None):
     """Sample G answers to each prompt. -> list (per prompt) of lists (per sample) of Answer.
