@@ -70,10 +70,10 @@ def beside_trl(a, folder, device, dtype, prompts, ours):
     texts = [tokenizer.decode(p) for p in prompts]
     assert tokenizer(texts).input_ids == prompts, "the peer would train on other tokens"
     args = trl.GRPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=micro, num_generations=a.samples, beta=0.0,
-        gradient_accumulation_steps=a.groups * a.samples // micro, report_to=[], max_completion_length=a.response, learning_rate=1e-6, max_steps=a.pairs + 1, save_strategy="no",
-        logging_strategy="no", use_cpu=device.type == "cpu", bf16=dtype == torch.bfloat16, disable_tqdm=True, shuffle_dataset=False,
-        gradient_checkpointing=False, generation_kwargs={"min_new_tokens": a.response}, temperature=1.0,
+        output_dir=str(folder / "trl"), per_device_train_batch_size=micro, gradient_accumulation_steps=a.groups * a.samples // micro,
+        num_generations=a.samples, beta=0.0, report_to=[], max_completion_length=a.response, learning_rate=1e-6, max_steps=a.pairs + 1,
+        save_strategy="no", logging_strategy="no", use_cpu=device.type == "cpu", bf16=dtype == torch.bfloat16, disable_tqdm=True,
+        shuffle_dataset=False, gradient_checkpointing=False, generation_kwargs={"min_new_tokens": a.response}, temperature=1.0,
         model_init_kwargs={"dtype": str(dtype).removeprefix("torch.")})
     trl.GRPOTrainer(model=str(folder), args=args, processing_class=tokenizer, callbacks=[Clock()],
                     train_dataset=Dataset.from_dict({"prompt": texts * (a.pairs + 2)}),
