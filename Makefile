@@ -60,7 +60,8 @@ world: .venv/installed
 	$(PY) toy.py --out $(ROOT)/world --seed $(SEED)
 
 test: .venv/installed
-	env -u CUDA_VISIBLE_DEVICES $(PY) -m pytest -q --doctest-modules *.py tests
+	$(PY) -m pytest -q --doctest-modules *.py tests
+	! command -v nvidia-smi > /dev/null || env -u CUDA_VISIBLE_DEVICES $(PY) -m pytest -q -m gpu tests
 
 # The peers are optional and stay out of requirements.txt. All cores and the GPU, if there is one, are used.
 BENCH := env -u CUDA_VISIBLE_DEVICES -u OMP_NUM_THREADS $(PY) bench

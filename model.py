@@ -78,10 +78,10 @@ class Spans:
 def attention(q, k, v, spans):
     """softmax(q k^T / sqrt(D)) v within each span. q [N, A, D], k and v [N, K, D] -> [sum q_len, A, D].
 
-    CUDA in half precision: flash-attn's varlen kernel where installed, else PyTorch's own. Otherwise
+    Where varlen_takes(q): flash-attn's varlen kernel if installed, else PyTorch's own. Otherwise
     scaled_dot_product_attention over padded spans, causal or with a mask.
     """
-    if half_on_cuda(q):
+    if varlen_takes(q):
         q, k, v = q.index_select(0, spans.q_rows), k.index_select(0, spans.k_rows), v.index_select(0, spans.k_rows)
         return varlen(q, k, v, *spans.offsets, spans.max_q, spans.max_k, causal=True)
     S, (q_pad, k_pad, mask, q_slot) = len(spans.q_len), spans.padded
@@ -93,9 +93,10 @@ def attention(q, k, v, spans):
     return out.transpose(1, 2).flatten(0, 1).index_select(0, q_slot)
 
 
-def half_on_cuda(x):
-    """Whether the varlen kernels take such tensors."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+def varlen_takes(x):
+    """Whether the varlen kernels take such tensors: on CUDA (Ampere or later), half precision, heads of 8, 16, ... 256 numbers."""
+    return (x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256
+            and torch.cuda.get_device_capability(x.device) >= (8, 0))
 
 
 def varlen(q, k, v, cu_q, cu_k, max_q, max_k, causal, lse=False):

@@ -245,7 +245,7 @@ class Slots:
         """The next token of rows 0 .. n - 1, all on the device: prompts in places 0 .. B - 1 of P tokens at most, answers of T."""
         row = torch.arange(n, device=self.device)
         cached = self.length[:n] - 1  # the last sampled token is not in the cache yet
-        place, s, kernel = self.place[:n], self.model.shape, decoder.half_on_cuda(self.own_k[0])
+        place, s, kernel = self.place[:n], self.model.shape, decoder.varlen_takes(self.own_k[0])
         K, rep = s.kv_heads, s.heads // s.kv_heads
         prompt_seen, own_seen = visible(self.prompt_len[:B], P, K, self.G * rep, kernel), visible(cached + 1, T, K, rep, kernel)
 

@@ -28,6 +28,11 @@ LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low
                "original_max_position_embeddings": 32}
 
 
+def pytest_configure(config):
+    if config.option.markexpr != "gpu":  # all others are tests of the CPU path, on any machine
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

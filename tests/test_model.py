@@ -3,6 +3,7 @@ import doctest
 import json
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -392,21 +393,26 @@ def test_local_rows_are_what_fsdp_shards():
             assert sum(map(len, got)) == rows
 
 
+@pytest.mark.parametrize("takes, changed", [
+    (True, {}), (True, dict(dtype=torch.float16, shape=(9, 256))), (False, dict(is_cuda=False)), (False, dict(dtype=torch.float32)),
+    (False, dict(shape=(9, 12))), (False, dict(shape=(9, 264))), (False, dict(device="Turing"))])
+def test_what_the_varlen_kernels_take(monkeypatch, takes, changed):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {"Turing": (7, 5), "Ampere": (8, 0)}.get)
+    q = SimpleNamespace(**(dict(is_cuda=True, dtype=torch.bfloat16, shape=(9, 64), device="Ampere") | changed))
+    assert decoder.varlen_takes(q) == takes
+
+
 def test_doctests():
     assert doctest.testmod(decoder).failed == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- GPU
 
-def backends():
-    yield "torch", None
-    if decoder.flash_attn_varlen_func is not None:
-        yield "flash-attn", decoder.flash_attn_varlen_func
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("D", [64, 128])
 def test_cuda_attention_equals_cpu(monkeypatch, D):
+    installed = decoder.flash_attn_varlen_func
+    backends = {None: "torch"} | ({installed: "flash-attn"} if installed else {})
     for seed in range(3):
         args = random_spans(seed, N=600, S=6, longest=90)
         tensors = [x.bfloat16() for x in qkv(600, 8, 2, D, seed, torch.float32)]
@@ -418,7 +424,7 @@ def test_cuda_attention_equals_cpu(monkeypatch, D):
             return [out.detach().cpu().double(), *(x.grad.cpu().double() for x in leaves)]
 
         want = run("cpu", torch.float64)
-        for name, function in backends():
+        for function, name in backends.items():
             monkeypatch.setattr(decoder, "flash_attn_varlen_func", function)
             for what, a, b in zip(("out", "dq", "dk", "dv"), run("cuda", torch.bfloat16), want):
                 assert (a - b).norm() / b.norm() < 0.02, f"{name}, {what}"

@@ -302,7 +302,7 @@ def test_split_is_exact(budget):
 # ---------------------------------------------------------------------------------------------------------------- GPU
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
 def test_cuda_shared_gradients_equal_unshared(dtype, tolerance):
     """A tree against the same answers each with a prompt of its own, both on CUDA, and against float64 on the CPU."""
     exact, _ = tiny()

@@ -400,7 +400,6 @@ def step_of_sgd(model, prompts, answers, lr=0.5):
     optimizer.step()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="compares with the CPU, bitwise")
 def test_sampling_under_fsdp_reads_the_weights_of_the_moment(one_rank, make_checkpoint):
     folder = str(make_checkpoint("qwen2", **UNTIED))
     plain = decoder.load(folder, "cpu", torch.float64).requires_grad_(True)
@@ -427,7 +426,6 @@ def test_sampling_under_fsdp_reads_the_weights_of_the_moment(one_rank, make_chec
     assert tokens_of(rolled(sharded)) != tokens_of(second)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU test of types")
 def test_master_weights_are_float32_and_computing_is_bfloat16(one_rank, tiny_checkpoint):
     model = parallel.load_sharded(tiny_checkpoint, one_rank, torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.float32} and all(p.requires_grad for p in model.parameters())
