@@ -340,7 +340,7 @@ def build(flat):
 
 def load(argv, doc=None, may_plan=False):
     """Command line (YAML file, then key=value ...) -> Config. `--help` prints every key and ends the process. doc: the script's
-    docstring; may_plan: whether it knows what plan=true means."""
+    docstring, for --help; may_plan: whether the caller knows what plan=true means."""
     if any(a in ("-h", "--help") for a in argv):
         print(help_text(doc))
         raise SystemExit(0)
@@ -359,7 +359,7 @@ def load(argv, doc=None, may_plan=False):
             raise InputError(f"command line: the value of {name} is not valid YAML: {text!r}") from None
         kind = FIELDS[name].type
         flat[name] = _coerce(name, text if kind is str else value, "command line")
-    if doc and flat.get("plan") and not may_plan:
+    if flat.get("plan") and not may_plan:
         raise InputError("plan=true is for train_grpo.py, train_sft.py and train_dpo.py")
     return build(flat)
 

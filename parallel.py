@@ -34,7 +34,7 @@ def stop():
     """Leave the process group (NCCL warns at exit where a process did not)."""
     several = dist.get_world_size() > 1
     dist.destroy_process_group()
-    if several:  # gloo's thread drops its last tensors under the interpreter's lock: asking for it during shutdown would abort the process
+    if several:  # gloo's thread needs the interpreter's lock to drop its last tensors; asking during the shutdown aborts the process
         time.sleep(0.5)
 
 

@@ -189,7 +189,7 @@ def changed(cfg, want, have):
 
 def run_row(path, overrides, nproc):
     """Bring one row to its end; nothing is done where it is there already. -> its run folder."""
-    cfg = config.load([path, *overrides], __doc__)
+    cfg = config.load([path, *overrides])
     run, stamp = Path(cfg.run_dir), Path(cfg.run_dir) / "row.json"
     config.need(cfg, "model.path", "data.logs", "data.eval_logs")
     names = ["data.logs", "data.eval_logs", "data.lexicon", "data.prompt", "data.prompt_no_stop"]

@@ -147,6 +147,14 @@ def encode_trees(run, prompts, texts):
     return trees
 
 
+def set_layers(model, checkpointed, compiled):
+    """Activation checkpointing, and torch.compile of all but attention, in every layer."""
+    for layer in model.model.layers:
+        layer.checkpointed = checkpointed
+        if compiled:
+            layer.before, layer.after = (torch.compile(f, dynamic=True) for f in (layer.before, layer.after))
+
+
 def load(run, size, sources):
     """Model, optimizer, newest checkpoint and log. size: examples of an epoch; sources: the files they come from."""
     cfg, t = run.cfg, run.cfg.train
@@ -156,10 +164,7 @@ def load(run, size, sources):
         raise InputError(f"{size} examples x {t.epochs} epochs do not fill one step of train.prompts_per_step={t.prompts_per_step}")
     run.inputs = hashlib.sha256(b"".join(Path(p).read_bytes() for p in sources)).hexdigest()
     run.model = parallel.load_sharded(run.folder, run.device, run.dtype)
-    for layer in run.model.model.layers:
-        layer.checkpointed = t.activation_checkpointing
-        if t.compile:
-            layer.before, layer.after = (torch.compile(f, dynamic=True) for f in (layer.before, layer.after))
+    set_layers(run.model, t.activation_checkpointing, t.compile)
     run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=t.lr, betas=tuple(t.betas), weight_decay=t.weight_decay, fused=True)
     found = checkpoint.all_checkpoints(Path(cfg.run_dir) / "checkpoints")
     if found:

@@ -11,6 +11,7 @@ from common import arguments, checkpoint, finish, forward_flops, limits, pairs, 
 
 import pack
 import parallel
+import training
 
 
 def main():
@@ -21,10 +22,7 @@ def main():
     folder, prompts = checkpoint(a), random_prompts(a)
     parallel.start()
     model = parallel.load_sharded(folder, device, dtype)
-    for layer in model.model.layers:
-        layer.checkpointed = bool(a.checkpointing)
-        if a.compile:
-            layer.before, layer.after = (torch.compile(f, dynamic=True) for f in (layer.before, layer.after))
+    training.set_layers(model, a.checkpointing, a.compile)
 
     def step(trees):
         packed = pack.pack(trees, device)

@@ -46,8 +46,7 @@ def measured(folder, cfg, world, rank=0):
     dtype, t, r = parallel.compute_dtype(cfg.model.dtype, CPU), cfg.train, cfg.rollout
     model = parallel.load_sharded(folder, CPU, dtype)
     reference = parallel.load_sharded(folder, CPU, dtype, trainable=False) if t.kl_coef else None
-    for layer in model.model.layers:
-        layer.checkpointed = t.activation_checkpointing
+    training.set_layers(model, t.activation_checkpointing, False)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     checkpoint.fresh_moments(model, optimizer)
     kept = sum(checkpoint.local(p).nbytes for m in (model, reference) if m for p in m.parameters())
@@ -195,7 +194,7 @@ def test_the_plan_as_printed(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("size, gpus, gib, what", [("7b", 1, 80.0, "sampling"), ("32b", 32, 80.0, "sampling"), ("7b", 8, 40.0, "training")])
 def test_the_advice_fits(tmp_path, size, gpus, gib, what):
     """What is said to fit does: taken as written, back through the config."""
-    cfg = config.load([str(REPO / "configs" / "table1" / size / "grpo.yaml"), "plan=true", f"gpus={gpus}", f"gpu_gib={gib}"])
+    cfg = config.load([str(REPO / "configs" / "table1" / size / "grpo.yaml"), "plan=true", f"gpus={gpus}", f"gpu_gib={gib}"], may_plan=True)
     shape, device = decoder.read_shape(qwen(tmp_path, size)), torch.device("cuda")
     with pytest.raises(InputError) as error:
         plan.check(cfg, shape, gpus, device, torch.bfloat16, plan.capacity(cfg, device))
@@ -204,7 +203,7 @@ def test_the_advice_fits(tmp_path, size, gpus, gib, what):
     changes = dict(pair.split("=") for pair in text.rpartition("GiB: ")[2].split())
     world = int(changes.pop("devices", gpus))
     again = config.load([str(REPO / "configs" / "table1" / size / "grpo.yaml"), "plan=true", f"gpus={world}", f"gpu_gib={gib}",
-                         *(f"{k}={v}" for k, v in changes.items())])
+                         *(f"{k}={v}" for k, v in changes.items())], may_plan=True)
     plan.check(again, shape, world, device, torch.bfloat16, gib * plan.GIB)
     assert changes or world > gpus
 
@@ -221,7 +220,7 @@ def test_training_that_does_not_fit_never_starts(monkeypatch, capsys, tmp_path, 
 
 
 def test_a_model_that_no_number_of_devices_holds(tmp_path):
-    cfg = config.load([str(REPO / "configs" / "table1" / "32b" / "grpo.yaml"), "plan=true", "gpus=64", "gpu_gib=40"])
+    cfg = config.load([str(REPO / "configs" / "table1" / "32b" / "grpo.yaml"), "plan=true", "gpus=64", "gpu_gib=40"], may_plan=True)
     with pytest.raises(InputError, match="it cannot fit"):
         plan.check(cfg, decoder.read_shape(qwen(tmp_path, "32b")), 64, torch.device("cuda"), torch.bfloat16, 40 * plan.GIB)
 

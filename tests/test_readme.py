@@ -84,4 +84,4 @@ def test_overrides_in_commands_are_accepted(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     path = "configs/table1/7b/grpo.yaml" if words[at] == "my.yaml" else words[at]
     own = autoprompt.OWN if "autoprompt.py" in words else ()
-    assert dataclasses.is_dataclass(config.load([path, *(w for w in words[at + 1:] if w.partition("=")[0] not in own)]))
+    assert dataclasses.is_dataclass(config.load([path, *(w for w in words[at + 1:] if w.partition("=")[0] not in own)], may_plan=True))

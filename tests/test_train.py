@@ -21,13 +21,13 @@ if __name__ == "__main__":  # a rank of the two-rank tests, see `main` at the en
 
 import checkpoint
 import config
+import model as decoder
 import pack
 import parallel
 import rollout
 import train_grpo
 import training
 from data import InputError, cli, write_json
-import model as decoder
 from model import Decoder
 from test_pack import alone
 from train_grpo import LOSSES, Group, prepare, train_step
@@ -788,6 +788,7 @@ def test_what_turns_and_prompts_are_trained_on(tmp_path, tiny_checkpoint, tiny_t
     assert len(held) == 3 and not any("Never stop" in tiny_tokenizer.decode(p) for p in held_prompts)
     assert len(read("data.valid_sessions=5")[1][0]) == 20  # the validation turns in place of the held-out ones
     assert read("train.eval_every=null")[1] is None
+
 
 # ---------------------------------------------------------------------------------------------------------------- GPU
 
