@@ -1,276 +1,267 @@
-"""The seven metrics of the paper's Tables 1 and 2 (arXiv 2510.25441) over graded rollouts.
+"""A model's figures on the held-out turns, and runs beside Table 1 of the paper (arXiv 2510.25441).
 
-    python eval.py cfg.yaml [key=value ...]           # sample and grade the held-out turns (also under torchrun)
-    python eval.py --graded FILE                      # the table with 95% intervals; last line: one JSON object
-    python eval.py --table RUN [RUN ...] [--sessions 3]   # runs beside the paper's Table 1, and conversations turn by turn
+    python eval.py cfg.yaml [key=value ...]   # sample and grade the held-out turns (also under torchrun)
+    python eval.py --graded FILE              # the table with 95% intervals; last line: one JSON object
+    python eval.py --table RUN [RUN ...] [--sessions 3]   # runs beside Table 1, conversations turn by turn
 
-The first form evaluates run_dir/export, or model.path (the Base row) where the run never trained, always with the prompt
-that mentions stopping, and writes graded.jsonl (sampled), graded_greedy.jsonl and eval.json. Decoding matters (greedy alone
-lifts a base model a good deal), so both are shown.
+The first form evaluates run_dir/export, or model.path (the Base row) where the run never trained. It always
+uses the prompt that mentions stopping, and writes graded.jsonl (sampled), graded_greedy.jsonl and eval.json.
+Decoding matters (greedy alone lifts a base model a good deal), so both are shown. metrics.py says what each
+metric is.
 
-    wa      mean R_a where truth and decision are both continue     wa_gh  share of those with R_a = 1
-    wc, ws  share of right decisions among truth continue, stop     aa     among all
-    fc      mean Omega                                              tr     mean of R_s (1 + 2 R_a) + Omega
-    wa_all  mean R_a over truth continue, a wrong stop counting 0   top_share, distinct: variety of the responses
-
-TR is recomputed here, always as the product with beta 2, whatever reward the rollouts were trained on. wa_all stands
-beside wa because the paper's DPO row fits only that reading. A failed grading (null) is left out of the means that
-need it and counted in `failed`. Intervals are bootstrapped by session, as turns of one session are not independent.
+Two rows are compared by a bootstrap of their difference on the same sessions (95% intervals, whole sessions
+drawn). Runs of one folder name are seeds of one row, and their rollouts are pooled.
 """
 import argparse
-import dataclasses
+import hashlib
 import json
-import math
+import os
 import sys
-from collections import Counter
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 import checkpoint
 import config
-import hindsight
+import grading
 import model as decoder
 import parallel
-import reward
-import rollout
-from data import (DECISIONS, InputError, cli, encode_prompts, load_prompt, load_tokenizer, load_turns, read_jsonl, write_json,
-                  write_jsonl)
-from reward import fuse
+import report
+from metrics import MEANS, OTHERS, aligned, cell, heading, load_graded, metrics, paired, summarise, table
+from prompts import encode_prompts, load_prompt, load_tokenizer, load_turns, read_turns
+from records import InputError, cli, read_json, write_json, write_jsonl, write_text
+from rollout import load_policy
 
-MEANS = ("wa", "wa_gh", "wc", "ws", "aa", "fc", "tr", "wa_all")
-
-
-def score_matrix(graded):
-    """One row a rollout, one column for each of MEANS; NaN where the rollout does not count for that mean.
-
-    A right question graded 0.5 with Omega 1 gives wa .5, wa_gh 0, wc 1, ws NaN, aa 1, fc 1, tr 3, wa_all .5.
-    """
-    rows, skip = [], math.nan
-    for g in graded:
-        right = float(g["truth"] == g["decision"])
-        r_a = skip if g["r_a"] is None else g["r_a"]
-        total = fuse(g["r_a"], right, g["omega"], "product", 2.0)
-        asks, truth_continue = right and g["truth"] == "continue", g["truth"] == "continue"
-        rows.append((r_a if asks else skip,
-                     float(r_a == 1) if asks and g["r_a"] is not None else skip,
-                     right if truth_continue else skip,
-                     skip if truth_continue else right,
-                     right,
-                     skip if g["omega"] is None else g["omega"],
-                     skip if total is None else total,
-                     (r_a if asks else 0.0) if truth_continue else skip))
-    return np.array(rows, dtype=np.float64).reshape(-1, len(MEANS))  # [N, K]
+DECODINGS = {"sampled": "graded.jsonl", "greedy": "graded_greedy.jsonl"}
 
 
-def metrics(graded):
-    """Graded rollouts -> {metric: number, or None where nothing counts for it}."""
-    scores = score_matrix(graded)
-    counted = (~np.isnan(scores)).sum(0)
-    sums = np.nansum(scores, axis=0)
-    out = {name: float(s / c) if c else None for name, s, c in zip(MEANS, sums, counted)}
-    said = Counter(g["response"].strip() for g in graded if g["truth"] == "continue")
-    return {**out, "n": len(graded), "failed": sum(g["r_a"] is None for g in graded),
-            "top_share": max(said.values()) / said.total() if said else None, "distinct": len(said)}
+# ------------------------------------------------------------------------------------------ a model's figures
+
+def full_reward(judge):
+    """The judge with the reward that evaluation uses whatever a run was trained on: the product, beta 2."""
+    return replace(judge, reward=config.RewardConfig(grader=judge.reward.grader, omega=judge.reward.omega))
 
 
-def by_session(graded):
-    """-> (sessions [S] in order, their sums [S, K], how many rollouts these sum up [S, K])."""
-    scores = score_matrix(graded)
-    names, session = np.unique([g["turn_id"].rpartition("_")[0] for g in graded], return_inverse=True)
-    sums, counts = np.zeros((len(names), len(MEANS))), np.zeros((len(names), len(MEANS)))
-    np.add.at(sums, session, np.nan_to_num(scores))
-    np.add.at(counts, session, ~np.isnan(scores))
-    return names, sums, counts
-
-
-def bootstrap(parts, n_boot=2000, seed=0):
-    """parts: (sums [S, K], counts [S, K]) over the same S sessions. Whole sessions are drawn with replacement, the same for
-    every part -> for each its means [n_boot, K], NaN where nothing was drawn that counts."""
-    n = len(parts[0][0])
-    rng, means = np.random.default_rng(seed), [[] for _ in parts]
-    for start in range(0, n_boot, 200):  # in blocks, so that many sessions fit in memory
-        times = rng.multinomial(n, np.full(n, 1 / n), size=min(200, n_boot - start))  # [block, S]
-        with np.errstate(invalid="ignore"):
-            for out, (sums, counts) in zip(means, parts):
-                out.append(times @ sums / (times @ counts))
-    return [np.concatenate(blocks) for blocks in means]
-
-
-def intervals(graded, n_boot=2000, seed=0):
-    """95% bootstrap intervals, whole sessions drawn with replacement -> {metric: [low, high] or None}."""
-    if not graded:
-        return dict.fromkeys(MEANS)
-    means, out = bootstrap([by_session(graded)[1:]], n_boot, seed)[0], {}
-    for k, name in enumerate(MEANS):
-        drawn = means[~np.isnan(means[:, k]), k]
-        out[name] = [float(q) for q in np.quantile(drawn, (0.025, 0.975))] if len(drawn) else None
-    return out
-
-
-def table(rows):
-    """{row name: metrics} -> an aligned table that is also Markdown; "-" where a metric is None or missing."""
-    names = [*MEANS, "top_share", "distinct", "n", "failed"]
-
-    def cell(value):
-        return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    grid = [["", *(n.upper().replace("_", "-") if n in MEANS else n for n in names)]]
-    grid += [[str(row), *(cell(m.get(n)) for n in names)] for row, m in rows.items()]
-    return aligned(grid)
-
-
-def aligned(grid):
-    """Rows of cells, the head first -> a Markdown table whose columns line up, the first to the left."""
-    width = [max(map(len, column)) for column in zip(*grid)]
-    ruled = [grid[0], ["-" * width[0], *("-" * (w - 1) + ":" for w in width[1:])], *grid[1:]]
-    return "\n".join("| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, width))) + " |"
-                     for r in ruled)
-
-
-def load_graded(path):
-    """Read graded rollouts, checked; a bad line is an InputError with its file and number."""
-    graded = []
-    for n, g in read_jsonl(path):
-        bad = _check(g)
-        if bad:
-            raise InputError(f"{path}:{n}: {bad}")
-        graded.append(g)
-    if not graded:
-        raise InputError(f"{path} holds no graded rollouts")
-    return graded
-
-
-def _check(g):
-    """-> None, or why this is not a graded rollout."""
-    for key in ("turn_id", "response"):
-        if not isinstance(g.get(key), str):
-            return f"{key!r} is missing or not a text"
-    for key in ("truth", "decision"):
-        if g.get(key) not in DECISIONS:
-            return f"{key} {g.get(key)!r} is neither 'continue' nor 'stop'"
-    for key in ("r_a", "r_s", "omega"):
-        value = g.get(key, "missing")
-        if value is None and key != "r_s":
-            if g["truth"] == g["decision"] == "continue":
-                continue
-            return f"{key} is null, which only a failed grading where truth and decision are both continue may be"
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            return f"{key} must be a number from 0 to 1, not {value!r}"
-    if g["r_s"] != (g["truth"] == g["decision"]):
-        return f"r_s is {g['r_s']} though truth is {g['truth']!r} and decision {g['decision']!r}"
-    return None
-
-
-def summarise(graded):
-    """-> the object of eval.json: the metrics and their intervals."""
-    return {**metrics(graded), "intervals": intervals(graded)}
-
-
-def bounds(summary):
-    """The 95% intervals as two rows of a table."""
-    return {row: {k: v and v[i] for k, v in summary["intervals"].items()} for i, row in enumerate(("95% from", "95% to"))}
-
-
-# ------------------------------------------------------------------------------------------------- a model's figures
-
-def full_reward(cfg):
-    """The config with the reward that evaluation uses whatever a run was trained on: the product, beta 2."""
-    return dataclasses.replace(cfg, reward=config.Reward(grader=cfg.reward.grader, omega=cfg.reward.omega))
-
-
-def evaluate(model, tokenizer, turns, prompts, cfg, lex, ends, grader=None, *, greedy=False, desc="evaluate", leave=False):
-    """Sample answers at every turn and grade them (collective). -> flat list of graded records on every rank."""
-    how = dict(samples=1, temperature=0) if greedy else dict(
-        samples=cfg.eval.samples, temperature=cfg.eval.temperature, top_p=cfg.eval.top_p)
-    cfg = full_reward(cfg)
-    keys = [(1, i) for i in range(len(turns))]  # never the noise of a training rollout, whose keys start with 0
-    _, graded, _ = rollout.sample_graded(model, tokenizer, turns, prompts, keys, cfg, lex, ends, grader, desc=desc, leave=leave,
-                                          **how)
-    return [record for group in graded for record in group]
+def evaluate(policy, judge, prompts, cfg, greedy=False, desc="evaluate"):
+    """Sample responses to every prompt and grade them (collective) -> list of Rollout, on every rank."""
+    how = (1, 0) if greedy else (cfg.eval.samples, cfg.eval.temperature, cfg.eval.top_p)
+    sampling = grading.sampling_of(cfg, *how)
+    keys = [(config.Stream.EVALUATION, i) for i in range(len(prompts))]
+    groups, _ = grading.sample_graded(policy, full_reward(judge), prompts, keys, sampling, desc)
+    return [rollout for group in groups for rollout in group.graded]
 
 
 def model_of(cfg):
-    """The folder a config's evaluation is about: what it trained, or its base model where it never trained."""
-    run = Path(cfg.run_dir)
+    """The folder that a config evaluates: what it trained, or its base model where it never trained."""
+    run = cfg.run_path
     export, found = run / "export", checkpoint.all_checkpoints(run / "checkpoints")
-    trained = found[-1].stat().st_mtime if found else 0
-    if export.is_dir() and export.stat().st_mtime >= trained:
+    if export.is_dir() and export.stat().st_mtime >= (found[-1].stat().st_mtime if found else 0):
         return export
     if found or (run / "metrics.jsonl").is_file():
-        raise InputError(f"{run} holds a run that has not come to its end (no export, or an older one): run it to the end first")
+        raise InputError(f"{run} holds a run that has not come to its end (no export, or an older one): run "
+                         f"it to the end first")
     return decoder.resolve(cfg.model.path)
 
 
 def evaluate_run(cfg):
-    import report  # which reads this module
+    """Evaluate a config's model, sampled and greedy (collective). Rank 0 prints a table and writes files."""
     config.need(cfg, "model.path")
     rank, _, device = parallel.start()
-    run, folder = Path(cfg.run_dir), model_of(cfg)
-    lex, grader = reward.judges(cfg)
-    held_out = load_turns(hindsight.turns_file(cfg, "eval"))
-    tokenizer = load_tokenizer(folder)
-    turns, prompts = encode_prompts(tokenizer, load_prompt(cfg.data.prompt), held_out, cfg.rollout.max_prompt_tokens,
-                                    cfg.data.long_prompts)
-    model = decoder.load(folder, device, parallel.compute_dtype(cfg.model.dtype, device))
-    ends = rollout.end_ids(folder, tokenizer)
-    sampled, greedy = (evaluate(model, tokenizer, turns, prompts, cfg, lex, ends, grader, greedy=g, leave=True,
-                                desc=f"{folder} {'greedy' if g else 'sampled'}") for g in (False, True))
+    run, folder = cfg.run_path, model_of(cfg)
+    judge = grading.open_judge(cfg)
+    prompts = encode_prompts(load_tokenizer(folder), load_prompt(cfg.data.prompt),
+                             load_turns(cfg, "eval"), cfg)
+    # The weights come last: whatever a user can mend is found before they are read.
+    policy = load_policy(folder, device, parallel.compute_dtype(cfg.model.dtype, device))
+    graded = {}
+    for how in DECODINGS:
+        graded[how] = evaluate(policy, judge, prompts, cfg, how == "greedy", f"{folder} {how}")
     if rank == 0:
-        name = f"temperature {cfg.eval.temperature:g}" + (f", top-p {cfg.eval.top_p:g}" if cfg.eval.top_p < 1 else "")
-        summary = {**summarise(sampled), "model": str(folder), "decoding": name, "greedy": summarise(greedy)}
-        print(table({name: summary, **bounds(summary), "greedy": summary["greedy"]}))
-        write_jsonl(run / "graded.jsonl", sampled)
-        write_jsonl(run / "graded_greedy.jsonl", greedy)
-        write_json(run / "eval.json", summary)
-        print(f"wrote {run / 'eval.json'}, {run / 'graded.jsonl'}, {run / 'graded_greedy.jsonl'}, {report.write([run])}")
+        name = f"temperature {cfg.eval.temperature:g}"
+        if cfg.eval.top_p < 1:
+            name += f", top-p {cfg.eval.top_p:g}"
+        sampled, greedy = map(summarise, graded.values())
+        print(table(name, sampled, {"greedy": greedy}))
+        for how, file in DECODINGS.items():
+            write_jsonl(run / file, graded[how])
+        write_json(run / "eval.json", {**sampled, "model": str(folder), "decoding": name, "greedy": greedy})
+        page = report.write([run])
+        print(f"wrote {run / 'eval.json'}, {page}; beside them {', '.join(DECODINGS.values())}")
     parallel.stop()
 
 
+# ---------------------------------------------------------------------------------------------------- Table 1
+
+COLUMNS = MEANS[:7]
+# The row, its label in the paper, the figures of Qwen2.5-7B-Instruct and of Qwen2.5-32B-Instruct, as COLUMNS.
+# "w/o R_a" and "w/o R_s" stand as labelled there, though the first has the numbers of a model that never
+# learned to stop (which is what leaving out R_s does): they look exchanged.
+TABLE_1 = """
+base  | Base    | .50 .13  .98 .16 .75 .63 2.17 | .50 .13 .92 .52 .81 .67 2.43
+sft   | SFT     | .40 .08  .94 .74 .89 .57 2.41 | .43 .11 .94 .87 .93 .69 2.70
+dpo   | DPO     | .42 .05  .94 .36 .78 .19 1.78 | .23 .04 .52 .87 .62 .18 1.61
+grpo  | GRPO    | .67 .41  .94 .93 .94 .92 3.27 | .64 .37 .93 .88 .92 .88 3.15
+no_ra | w/o R_a | .63 .34 1.00 .02 .73 .70 2.35 | .57 .26 .97 .33 .79 .74 2.52
+no_rs | w/o R_s | .52 .19  .96 .87 .93 .92 3.06 | .54 .19 .95 .91 .94 .92 3.12
+sum   | Sum     | .64 .38  .92 .95 .93 .91 3.20 | .65 .37 .94 .88 .92 .90 3.19
+gspo  | GSPO    | .61 .31  .93 .94 .93 .91 3.16 | .62 .32 .95 .86 .93 .89 3.12
+cispo | CISPO   | .71 .47  .95 .94 .95 .93 3.36 | .70 .49 .94 .89 .93 .92 3.29
+"""
+LABELS, PAPER = {}, {}  # {row: label}, {row: {size: {metric: figure}}}
+for line in TABLE_1.strip().splitlines():
+    row, label, *sizes = map(str.strip, line.split("|"))
+    figures = [dict(zip(COLUMNS, map(float, size.split()))) for size in sizes]
+    LABELS[row], PAPER[row] = label, dict(zip(("7b", "32b"), figures))
+# The better row by the paper's text or 7B figures, the other, the metric.
+ORDERINGS = ("grpo sft tr", "sft base tr", "grpo base tr", "base dpo tr", "cispo grpo tr", "grpo gspo tr",
+             "grpo sum tr", "grpo no_ra tr", "grpo no_ra wa_gh", "grpo no_rs tr", "grpo no_rs ws")
+
+
+def in_world(graded):
+    """Rollouts whose turn ids name their world, a hash of all its turns. So sessions pair up only where two
+    runs were evaluated on the same turns."""
+    world = hashlib.sha256(repr(sorted({(g.turn_id, g.truth) for g in graded})).encode()).hexdigest()[:8]
+    return [g.model_copy(update={"turn_id": f"{world}/{g.turn_id}"}) for g in graded]
+
+
+def read_rows(runs):
+    """Run folders -> {row: {"runs", "decoding", "sampled", "greedy", "tr_by_run"}}; runs of one folder name
+    are pooled. sampled and greedy are lists of Rollout."""
+    rows = {}
+    for run in map(Path, runs):
+        for name in ("eval.json", *DECODINGS.values()):
+            if not (run / name).is_file():
+                raise InputError(f"{run / name} does not exist: run eval.py with that run's config first")
+        sampled, greedy = (in_world(load_graded(run / name)) for name in DECODINGS.values())
+        row = rows.setdefault(run.resolve().name, defaultdict(list))
+        row["runs"].append(str(run))
+        row["decoding"].append(read_json(run / "eval.json")["decoding"])
+        row["sampled"] += sampled
+        row["greedy"] += greedy
+        row["tr_by_run"].append(metrics(sampled)["tr"])
+    return rows
+
+
+def summarise_runs(runs):
+    """Run folders -> the object of table.json."""
+    rows, shown, orderings = read_rows(runs), {}, []
+    for name, row in rows.items():
+        summaries = {how: summarise(row[how]) for how in DECODINGS}
+        shown[name] = {**row, "decoding": ", ".join(dict.fromkeys(row["decoding"])), **summaries}
+        if name in PAPER:
+            shown[name]["paper"] = PAPER[name]
+    for better, worse, metric in map(str.split, ORDERINGS):
+        if better not in rows or worse not in rows:
+            continue
+        paper = {size: round(m[metric] - PAPER[worse][size][metric], 2) for size, m in PAPER[better].items()}
+        here = {how: paired(rows[better][how], rows[worse][how], metric) for how in DECODINGS}
+        orderings.append({"better": better, "worse": worse, "metric": metric, "paper": paper, **here})
+    return {"rows": shown, "orderings": orderings}
+
+
+def rows_table(rows, how):
+    """The rows of table.json in one decoding. Sampled: with the paper's figures under each row."""
+    grid = [["", *map(heading, COLUMNS), "top share", "distinct", "n", "failed"]]
+    for name, row in rows.items():
+        m = row[how]
+        grid.append([f"**{LABELS.get(name, name)}**",
+                     *(cell(m[c], ".2f", m["intervals"].get(c)) for c in COLUMNS + OTHERS)])
+        if how == "sampled" and "paper" in row:
+            small, large = row["paper"].values()
+            grid.append(["paper", *(f"{small[c]:.2f} / {large[c]:.2f}" for c in COLUMNS), "", "", "", ""])
+    return aligned(grid)
+
+
+def orderings_table(orderings):
+    grid = [["", "paper 7B / 32B", "sampled", "", "greedy", ""]]
+    for o in orderings:
+        small, large = o["paper"].values()
+        cells = [f"{LABELS[o['better']]} > {LABELS[o['worse']]} in {heading(o['metric'])}",
+                 f"{small:+.2f} / {large:+.2f}"]
+        for found in o["sampled"], o["greedy"]:
+            if found:
+                cells += [cell(found["difference"], "+.3f", found["interval"]), found["verdict"]]
+            else:
+                cells += ["-", "other turns"]
+        grid.append(cells)
+    return aligned(grid)
+
+
+def markdown(summary):
+    """table.json's object -> the view: both decodings, the paper's numbers under each row, its orderings."""
+    rows, orderings = summary["rows"], summary["orderings"]
+    decodings = ", ".join(dict.fromkeys(row["decoding"] for row in rows.values()))
+    intervals = "with 95% intervals (bootstrap by session)"
+    parts = [f"**Sampled ({decodings})**, {intervals}; under each row the paper's figures at 7B / 32B",
+             rows_table(rows, "sampled"), f"**Greedy**, {intervals}", rows_table(rows, "greedy")]
+    seeds = [f"- {LABELS.get(name, name)}: {', '.join(cell(tr, '.2f') for tr in row['tr_by_run'])}"
+             for name, row in rows.items() if len(row["runs"]) > 1]
+    if seeds:
+        parts += ["**TR of each seed** (sampled)", "\n".join(seeds)]
+    if orderings:
+        parts += ["**The paper's orderings** and what holds here: paired difference with its 95% interval; "
+                  "undecided where that includes 0", orderings_table(orderings)]
+    return "\n\n".join(parts) + "\n"
+
+
+def view(runs, sessions=0):
+    """Print the view of these runs, and so many conversations; write it as table.md and table.json into the
+    folder that holds them."""
+    summary = summarise_runs(runs)
+    text = markdown(summary)
+    print(text)
+    folder = Path(os.path.commonpath([Path(run).resolve().parent for run in runs]))
+    write_text(folder / "table.md", text)
+    write_json(folder / "table.json", summary)
+    print(f"wrote {os.path.relpath(folder / 'table.md')} and table.json beside it")
+    if sessions:
+        show_sessions(runs, sessions)
+
+
+# ---------------------------------------------------------------------------------------------- conversations
+
 def show_sessions(runs, sessions):
-    """Print the first held-out sessions with what each run answered at every turn."""
-    names = [Path(run).name if [Path(r).name for r in runs].count(Path(run).name) == 1 else str(run) for run in runs]
-    said = {name: {g["turn_id"]: g for g in load_graded(Path(run) / "graded.jsonl") if g.get("sample") == 0}
-            for name, run in zip(names, runs)}
-    turns = load_turns(Path(runs[0]) / "turns" / "eval.jsonl")
-    for session in list(dict.fromkeys(t["session_id"] for t in turns))[:sessions]:
+    """Print the first held-out sessions with the first response of each run at every turn."""
+    names, said, by_session = [Path(run).name for run in runs], defaultdict(list), defaultdict(list)
+    for name, run in zip(names, runs):
+        if names.count(name) > 1:  # runs of one name are told apart by their paths
+            name = run
+        for g in load_graded(Path(run) / "graded.jsonl"):
+            if g.sample == 0:
+                said[g.turn_id].append((name, g))
+    for turn in read_turns(Path(runs[0]) / "turns" / "eval.jsonl"):
+        by_session[turn.session_id].append(turn)
+    for session in list(by_session)[:sessions]:
         print(f"\n--- session {session}: first sample of each run at every turn of the held-out log")
         shown = 0
-        for turn in (t for t in turns if t["session_id"] == session):
-            for m in turn["context"][shown:]:
-                print(f"  {'user  ' if m['role'] == 'user' else 'expert'} | " + m["content"].replace("\n", " / "))
-            shown = len(turn["context"])
-            print(f"           I* = {turn['target'] or '-'}, s* = {turn['decision']}")
-            for name, answers in said.items():
-                g = answers.get(turn["turn_id"])
-                if g:
-                    print(f"           {name}: {g['response'].strip()!r}  R_a {g['r_a']} R_s {g['r_s']:g} Omega {g['omega']}")
+        for turn in by_session[session]:
+            for m in turn.context[shown:]:
+                print("  user   |" if m.role == "user" else "  expert |", m.content.replace("\n", " / "))
+            shown = len(turn.context)
+            print(f"           I* = {turn.target or '-'}, s* = {turn.decision}")
+            for name, g in said[turn.turn_id]:
+                print(f"           {name}: {g.response.strip()!r}  R_a {g.r_a} R_s {g.r_s:g} Omega {g.omega}")
 
+
+# ----------------------------------------------------------------------------------------------- command line
 
 def main():
     argv = sys.argv[1:]
-    if argv[:1] in (["-h"], ["--help"]):
-        print(config.help_text(__doc__))
-        return
-    if argv and not argv[0].startswith("--"):
+    if "--help" in argv or argv and not argv[0].startswith("--"):
         evaluate_run(config.load(argv, __doc__))
         return
     p = argparse.ArgumentParser(add_help=False)
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--graded", metavar="FILE", help="graded rollouts, JSONL")
     what.add_argument("--table", metavar="RUN", nargs="+", help="run folders that hold an eval.json")
-    p.add_argument("--sessions", type=int, default=0, help="with --table: show so many held-out conversations")
-    a = p.parse_args(argv)
-    if a.table:
-        import table1  # which reads this module
-        runs = [r for r in a.table if not Path(r).is_file()]  # a glob also names table.json, which stands beside the runs
-        table1.view(runs)
-        if a.sessions:
-            show_sessions(runs, a.sessions)
-        return
-    summary = summarise(load_graded(a.graded))
-    print(table({a.graded: summary, **bounds(summary)}))
-    print(json.dumps(summary))
+    p.add_argument("--sessions", type=int, default=0, help="with --table: show so many conversations")
+    args = p.parse_args()
+    if args.graded:
+        summary = summarise(load_graded(args.graded))
+        print(table(args.graded, summary, {}))
+        print(json.dumps(summary))
+    else:  # a glob also names table.json, which is no run
+        view([run for run in args.table if not Path(run).is_file()], args.sessions)
 
 
 if __name__ == "__main__":

@@ -1,145 +1,162 @@
-"""The rules both hindsight (what did the user reveal?) and the rules grader (what does this question ask for?) read.
+"""The rules that hindsight (what did the user reveal?) and the rules grader (what is asked for?) share.
 
-A lexicon is a YAML file: bare yes / no answers, words that open a question, generic questions, and for each attribute
-how a question asks for it and how a user's words give its value; complaints name the attributes that matter to them.
+A lexicon is a YAML file. It holds bare yes / no answers, words that open a question and generic questions.
+For each attribute it says how a question asks for it and which words of a user give its value. For each
+complaint it names the attributes that matter.
 
     lex = lexicon.load("lexicon.yaml")
     lexicon.asked("How long have you had it?", lex)            # ["duration"]
     lexicon.revealed("Any fever?", "No, but two days now", lex)  # {"duration": "two days", "fever": "no"}
 
-Every entry is a case-insensitive regex. An entry that starts or ends with an ASCII letter or digit does not match
-inside a longer ASCII word ("no" is not in "not"); other scripts need no spaces around a match. Where matches overlap
-the longest wins ("no fever" beats "fever").
+Every entry is a case-insensitive regex. An entry that starts or ends with an ASCII letter or digit does not
+match inside a longer ASCII word ("no" is not in "not"); other scripts need no spaces around a match. Where
+matches overlap the longest wins ("no fever" beats "fever").
 """
 import re
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Literal
 
 import yaml
+from pydantic import AfterValidator, BaseModel, ValidationError, model_validator
 
-from data import InputError
+from records import InputError, explain
 
 QUESTION_MARKS = "?？﹖؟⸮\u037e՞፧⁇⁈⁉‽❓❔"
-KEYS = ("goal", "yes", "no", "openers", "generic_questions", "attributes", "complaints")
-LONGEST_ANSWER = 600  # characters; a longer one is no question to a user, whatever it holds
-LONGEST_SENTENCE, MOST_ATTRIBUTES = 30, 3
+LONGEST_RESPONSE = 600  # characters; a longer one is no question to a user, whatever it holds
+LONGEST_SENTENCE = 30  # words
+MOST_ATTRIBUTES = 3  # in one sentence
 
-_END = re.compile(rf"([{QUESTION_MARKS}]|(?<!\be\.g)(?<!\bi\.e)(?<!\bdr)(?<!\bmr)(?<!\bmrs)"
-                  rf"[.!…](?=[\s.!…\"”’)]|$)|[。！｡\n])", re.I)
+_END = re.compile(
+    rf"([{QUESTION_MARKS}]|(?<!\be\.g)(?<!\bi\.e)(?<!\bdr)(?<!\bmr)(?<!\bmrs)"
+    rf"[.!…](?=[\s.!…\"”’)]|$)|[。！｡\n])", re.I)
 _SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _NO_WORD = rf"\s{_SPACELESS}!-&(-/:-@\[-`{{-~。，、！；：…“”‘（）《》—–{QUESTION_MARKS}"
 _WORD = re.compile(rf"[{_SPACELESS}]|[^{_NO_WORD}]+")
 _CLAUSE = re.compile(rf"[,.;:!…\n，。；：！、—–{QUESTION_MARKS}]|\s-\s")
-_LEAD_IN = re.compile(r"(?:and|but|so|also|then|now|well|ok|okay|please)(?![A-Za-z])[\s,，:]*"
-                      r"|[^\s,，:：—]+(?:\s+[^\s,，:：—]+){0,5}\s*[,，:：—]\s*", re.I)
+_LEAD_IN = re.compile(
+    r"(?:and|but|so|also|then|now|well|ok|okay|please)(?![A-Za-z])[\s,，:]*"
+    r"|[^\s,，:：—]+(?:\s+[^\s,，:：—]+){0,5}\s*[,，:：—]\s*", re.I)
 _EDGE = re.compile(r"^[^\w]+|[^\w]+$")
 
 
-@dataclass(frozen=True)
-class Lexicon:
-    goal: str
-    yes: tuple         # of compiled patterns
-    no: tuple
-    openers: tuple     # empty: a question may begin with anything
-    generic: tuple
-    asks: tuple        # of (attribute, pattern)
-    values: tuple      # of ((attribute, value), pattern)
-    yes_no: frozenset  # attributes that a bare yes or no answers
-    complaints: dict   # name -> attributes that matter to it
-    cues: tuple        # of (complaint, pattern)
+# ------------------------------------------------------------------------------------------------------- load
+
+def _compiled(text):
+    """An entry -> its pattern."""
+    if not text:
+        raise ValueError("must not be empty")
+    text = _straight(text)
+    before = r"(?<![0-9A-Za-z_])" if re.match(r"[0-9A-Za-z]", text) else ""
+    after = r"(?![0-9A-Za-z_])" if re.search(r"(?<!\\)[0-9A-Za-z]$", text) else ""
+    try:
+        re.compile(text)  # alone first: an unbalanced ")" must not close the group below
+        return re.compile(f"{before}(?:{text}){after}", re.I)
+    except re.error as error:
+        raise ValueError(f"bad regex {text!r} ({error})")
 
 
-# ------------------------------------------------------------------------------------------------------------ load
+Patterns = list[Annotated[str, AfterValidator(_compiled)]]
+
+
+class Entry(BaseModel, extra="allow"):
+    """A mapping of the file, with exactly these keys."""
+
+    @model_validator(mode="after")
+    def no_other_keys(self):
+        for name in self.model_extra:
+            raise ValueError(f"unknown key {name!r}; it may hold {', '.join(type(self).model_fields)}")
+        return self
+
+
+class Attribute(Entry):
+    """Something that may be asked for, such as "duration"."""
+    asks: Patterns  # in a question
+    values: dict[str, Patterns] = {}  # in a user's words, by value
+    yes_no: Literal["true", "false"] = "false"  # does a bare yes or no answer it?
+
+    @model_validator(mode="after")
+    def has_values(self):
+        if self.yes_no == "false" and "values" not in self.model_fields_set:
+            raise ValueError("values is missing")
+        return self
+
+
+class Complaint(Entry):
+    """What a conversation may be about, such as "sore throat"."""
+    cues: Patterns  # in a user's words
+    attributes: list[str]  # what matters to it
+
+
+class Lexicon(Entry):
+    """The file. Its regexes are compiled once, when it is loaded."""
+    goal: Annotated[str, AfterValidator(str.strip)]  # what the expert is after
+    yes: Patterns
+    no: Patterns
+    openers: Patterns  # empty: a question may begin with anything
+    generic_questions: Patterns
+    attributes: dict[str, Attribute]
+    complaints: dict[str, Complaint]
+
+    @model_validator(mode="after")
+    def consistent(self):
+        for name in self.attributes:
+            if ":" in name:
+                raise ValueError(f"attributes.{name}: an attribute's name cannot hold a colon")
+        for name, complaint in self.complaints.items():
+            for attribute in complaint.attributes:
+                if attribute not in self.attributes:
+                    raise ValueError(f"complaints.{name}.attributes: no attribute is called {attribute!r}")
+        return self
+
+    @cached_property
+    def asks(self):
+        """[(attribute, pattern)]"""
+        return [(name, p) for name, entry in self.attributes.items() for p in entry.asks]
+
+    @cached_property
+    def values(self):
+        """[((attribute, value), pattern)]"""
+        return [((name, value), p) for name, entry in self.attributes.items()
+                for value, patterns in entry.values.items() for p in patterns]
+
 
 def load(path):
-    """Read and check a lexicon YAML; every regex is compiled here, once."""
-    try:  # BaseLoader keeps every scalar a string: YAML 1.1 would read the key `yes` as True and `on` likewise
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
+    """Read a lexicon YAML -> Lexicon. InputError names the file and the key."""
+    try:  # BaseLoader keeps every scalar a string: YAML 1.1 would read the keys `yes` and `on` as True
+        return Lexicon.model_validate(yaml.load(Path(path).read_text("utf-8"), yaml.BaseLoader))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"lexicon {path} cannot be read ({error})") from None
+        raise InputError(f"lexicon {path} cannot be read ({error})")
     except yaml.YAMLError as error:
-        raise InputError(f"lexicon {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    tree = _mapping(path, "the file", tree, required=KEYS, allowed=KEYS)
-    if not isinstance(tree["goal"], str):
-        raise InputError(f"lexicon {path}: goal must be a text")
-    attributes = _mapping(path, "attributes", tree["attributes"])
-    asks, values, yes_no = [], [], set()
-    for name, entry in attributes.items():
-        key = f"attributes.{name}"
-        if ":" in name:
-            raise InputError(f"lexicon {path}: {key}: an attribute's name cannot hold a colon")
-        entry = _mapping(path, key, entry, required=("asks",), allowed=("asks", "values", "yes_no"))
-        flag = entry.get("yes_no", "false")
-        if flag not in ("true", "false"):
-            raise InputError(f"lexicon {path}: {key}.yes_no must be true or false, not {flag!r}")
-        if flag == "true":
-            yes_no.add(name)
-        elif "values" not in entry:
-            raise InputError(f"lexicon {path}: {key}: missing key 'values'")
-        asks += [(name, p) for p in _patterns(path, f"{key}.asks", entry["asks"])]
-        for value, given in _mapping(path, f"{key}.values", entry.get("values", {})).items():
-            values += [((name, value), p) for p in _patterns(path, f"{key}.values.{value}", given)]
-    complaints, cues = {}, []
-    for name, entry in _mapping(path, "complaints", tree["complaints"]).items():
-        key = f"complaints.{name}"
-        entry = _mapping(path, key, entry, required=("cues", "attributes"), allowed=("cues", "attributes"))
-        cues += [(name, p) for p in _patterns(path, f"{key}.cues", entry["cues"])]
-        _strings(path, f"{key}.attributes", entry["attributes"])
-        for attribute in entry["attributes"]:
-            if attribute not in attributes:
-                raise InputError(f"lexicon {path}: {key}.attributes: no attribute is called {attribute!r}")
-        complaints[name] = tuple(entry["attributes"])
-    yes, no, openers, generic = (_patterns(path, k, tree[k]) for k in ("yes", "no", "openers", "generic_questions"))
-    return Lexicon(tree["goal"].strip(), yes, no, openers, generic, tuple(asks), tuple(values), frozenset(yes_no),
-                   complaints, tuple(cues))
+        raise InputError(f"lexicon {path}: not valid YAML: {' '.join(str(error).split())}")
+    except ValidationError as error:
+        raise InputError(f"lexicon {path}: {explain(error).strip()}")
 
 
-def _mapping(path, key, value, required=(), allowed=None):
-    if not isinstance(value, dict):
-        raise InputError(f"lexicon {path}: {key} must be a mapping")
-    for name in required:
-        if name not in value:
-            raise InputError(f"lexicon {path}: {key}: missing key {name!r}")
-    for name in value:
-        if not isinstance(name, str) or (allowed is not None and name not in allowed):
-            raise InputError(f"lexicon {path}: {key}: unknown key {name!r}"
-                             + (f"; it may hold {', '.join(allowed)}" if allowed else ""))
-    return value
+# ----------------------------------------------------------------------------------------------- text helpers
 
+def _straight(text):
+    """With straight apostrophes."""
+    return text.replace("’", "'")
 
-def _strings(path, key, value):
-    if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
-        raise InputError(f"lexicon {path}: {key} must be a list of non-empty texts")
-
-
-def _patterns(path, key, texts):
-    _strings(path, key, texts)
-    out = []
-    for text in texts:
-        text = text.replace("’", "'")
-        before = r"(?<![0-9A-Za-z_])" if re.match(r"[0-9A-Za-z]", text) else ""
-        after = r"(?![0-9A-Za-z_])" if re.search(r"(?<!\\)[0-9A-Za-z]$", text) else ""
-        try:
-            re.compile(text)  # alone first: an unbalanced ")" must not close the group below
-            out.append(re.compile(f"{before}(?:{text}){after}", re.I))
-        except re.error as error:
-            raise InputError(f"lexicon {path}: {key}: bad regex {text!r} ({error})") from None
-    return tuple(out)
-
-
-# ----------------------------------------------------------------------------------------------------- text helpers
 
 def find(text, patterns):
-    """Matches of (label, pattern) pairs -> [(label, start, end)] in text order; of overlapping ones the longest
-    (of equally long ones the first in the text, then the first in `patterns`) stays."""
-    text = text.replace("’", "'")
-    hits = [(label, *m.span()) for label, p in patterns for m in p.finditer(text) if m.group()]
-    taken, kept = bytearray(len(text)), []
-    for label, start, end in sorted(hits, key=lambda h: (h[1] - h[2], h[1])):
+    """Matches of (label, pattern) pairs -> [(start, end, label)] in text order.
+
+    Of overlapping matches the longest stays. Of equally long ones it is the first in the text, then the first
+    in `patterns`.
+    """
+    text = _straight(text)
+    hits = []
+    for label, pattern in patterns:
+        hits += [(*match.span(), label) for match in pattern.finditer(text) if match.group()]
+    taken = bytearray(len(text))
+    kept = []
+    for start, end, label in sorted(hits, key=lambda hit: (hit[0] - hit[1], hit[0])):
         if not any(taken[start:end]):
             taken[start:end] = b"\1" * (end - start)
-            kept.append((label, start, end))
-    return sorted(kept, key=lambda h: h[1])
+            kept.append((start, end, label))
+    return sorted(kept)
 
 
 def words(text):
@@ -148,7 +165,7 @@ def words(text):
     >>> words("I've a fever, 发烧!")
     ["i've", 'a', 'fever', '发', '烧']
     """
-    return _WORD.findall(text.lower().replace("’", "'"))
+    return _WORD.findall(_straight(text.lower()))
 
 
 def sentences(text):
@@ -159,9 +176,9 @@ def sentences(text):
     >>> sentences("I see. How long?! 多久了？？ Over 38.5, e.g. at night")
     [('I see', False), ('How long', True), ('多久了', True), ('Over 38.5, e.g. at night', False)]
     """
-    pieces = _END.split(text) + [""]
-    return [(piece.strip(), bool(end) and end in QUESTION_MARKS) for piece, end in zip(pieces[::2], pieces[1::2])
-            if any(c.isalnum() for c in piece)]
+    pieces = [*_END.split(text), "."]
+    return [(piece.strip(), end in QUESTION_MARKS) for piece, end in zip(pieces[::2], pieces[1::2])
+            if any(map(str.isalnum, piece))]
 
 
 def questions(text):
@@ -173,13 +190,13 @@ def questions(text):
     return sum(is_question for _, is_question in sentences(text))
 
 
-# ------------------------------------------------------------------------------------- what a question asks for
+# ----------------------------------------------------------------------------------- what a question asks for
 
 def asked(text, lex, strict=True):
     """Attributes a text asks for, in order, each once.
 
-    strict (for candidates to be graded): [] unless every sentence that holds a cue is a well-formed question.
-    Not strict (for what an expert wrote in a log): every cue in a sentence that ends in a question mark counts.
+    strict (for responses to be graded): [] unless every sentence that holds a cue is a well-formed question.
+    Not strict (for what an expert wrote): every cue in a sentence that ends in a question mark counts.
     """
     if strict and not _tidy(text):
         return []
@@ -188,54 +205,70 @@ def asked(text, lex, strict=True):
         cues = find(sentence, lex.asks) if strict or is_question else []
         if strict and cues and not (is_question and _well_formed(sentence, lex)):
             return []
-        found += [attribute for attribute, _, _ in cues if is_question]
+        found += [attribute for _, _, attribute in cues]
     return list(dict.fromkeys(found))
 
 
 def asks_generic(text, lex):
     """Is this a well-formed question for nothing in particular ("Anything else?"), without a cue anywhere?"""
-    generic = [(None, p) for p in lex.generic]
-    return _tidy(text) and not any(find(s, lex.asks) for s, _ in sentences(text)) and any(
-        is_question and find(s, generic) and _well_formed(s, lex) for s, is_question in sentences(text))
+    pieces = sentences(text)
+    if not _tidy(text) or any(find(sentence, lex.asks) for sentence, _ in pieces):
+        return False
+    generic = [(None, p) for p in lex.generic_questions]
+    return any(is_question and find(s, generic) and _well_formed(s, lex) for s, is_question in pieces)
 
 
 def _tidy(text):
-    """Short enough to be an answer, and no sentence said twice."""
-    said = [tuple(words(s)) for s, _ in sentences(text)] if len(text) <= LONGEST_ANSWER else [0, 0]
-    return len(set(said)) == len(said)
+    """Is a text short enough to be a response, and is no sentence said twice?"""
+    return len(text) <= LONGEST_RESPONSE and not _repeats([tuple(words(s)) for s, _ in sentences(text)])
 
 
 def _well_formed(sentence, lex):
     """Does a sentence (known to end in a question mark) read like a question rather than like keywords?
 
-    2 to 30 words, an opener first, no stammering, at most three attributes, and where it holds several cues at least
-    as many other words ("Do you have a fever or a cough", not "how long, fever").
+    It has 2 to 30 words, an opener first, no stammering and at most three attributes. Where it holds several
+    cues it has at least as many other words ("Do you have a fever or a cough", not "how long, fever").
     """
-    tokens, cues = words(sentence), find(sentence, lex.asks)
-    if not 2 <= len(tokens) <= LONGEST_SENTENCE or len({a for a, _, _ in cues}) > MOST_ATTRIBUTES:
+    tokens = words(sentence)
+    cues = find(sentence, lex.asks)
+    if not 2 <= len(tokens) <= LONGEST_SENTENCE or len({name for _, _, name in cues}) > MOST_ATTRIBUTES:
         return False
-    cut = list(sentence)
-    for _, start, end in cues:
-        cut[start:end] = " " * (end - start)
-    bare = len(cues) > 1 and len(words("".join(cut))) < len(cues)
-    return not bare and not _stammers(tokens) and _opens(sentence, lex)
+    rest = list(sentence)
+    for start, end, _ in cues:
+        rest[start:end] = " " * (end - start)
+    if len(cues) > 1 and len(words("".join(rest))) < len(cues):
+        return False
+    return not _stammers(tokens) and _opens(sentence, lex)
 
 
 def _stammers(tokens):
-    """A word or two said twice in a row, or three words (six characters where there are no spaces) repeated."""
-    spaced = [not re.match(f"[{_SPACELESS}]", t) for t in tokens]
-    if any(tokens[i:i + n] == tokens[i + n:i + 2 * n] and spaced[i] for n in (1, 2) for i in range(len(tokens) - n)):
-        return True
-    three = [tuple(tokens[i:i + 3]) for i in range(len(tokens) - 2) if all(spaced[i:i + 3])]
-    six = [tuple(tokens[i:i + 6]) for i in range(len(tokens) - 5)]
-    return len(set(three)) < len(three) or len(set(six)) < len(six)
+    """Is a word or two said twice in a row, or are three words repeated (without spaces: six characters)?"""
+    for n in (1, 2):
+        if any(run[:n] == run[n:] and _spaced(run[0]) for run in _runs(tokens, 2 * n)):
+            return True
+    three = [run for run in _runs(tokens, 3) if all(map(_spaced, run))]
+    return _repeats(three) or _repeats(_runs(tokens, 6))
+
+
+def _spaced(token):
+    """Is it a word of a script written with spaces?"""
+    return not re.match(f"[{_SPACELESS}]", token)
+
+
+def _runs(tokens, n):
+    """All n tokens in a row."""
+    return [tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)]
+
+
+def _repeats(items):
+    return len(set(items)) < len(items)
 
 
 def _opens(sentence, lex):
     """Does it begin with an opener or a generic question, after at most two short lead-ins free of cues?"""
-    text = sentence.lstrip(" \t\"'“‘(¿-*").replace("’", "'")
+    text = _straight(sentence.lstrip(" \t\"'“‘(¿-*"))
     for _ in range(3):
-        if not lex.openers or any(p.match(text) for p in lex.openers + lex.generic):
+        if not lex.openers or any(p.match(text) for p in lex.openers + lex.generic_questions):
             return True
         lead = _LEAD_IN.match(text)
         if not lead or find(lead.group(), lex.asks):
@@ -244,27 +277,31 @@ def _opens(sentence, lex):
     return False
 
 
-# -------------------------------------------------------------------------------------------- what a user reveals
+# ---------------------------------------------------------------------------------------- what a user reveals
 
 def complaint_of(text, lex):
     """The complaint first named in a text, or None."""
-    hits = find(text, lex.cues)
-    return hits[0][0] if hits else None
+    hits = find(text, [(name, p) for name, entry in lex.complaints.items() for p in entry.cues])
+    return hits[0][2] if hits else None
+
+
+def complaint_in(turn, lex):
+    """The complaint a conversation is about: the first that its user names, or None."""
+    return next(filter(None, (complaint_of(m.content, lex) for m in turn.context if m.role == "user")), None)
 
 
 def revealed(question, answer, lex):
     """{attribute: value} that a user's answer reveals, given the assistant's utterance before it (or None).
 
-    Values are found anywhere in the answer; a correction wins over what it corrects. A clause that is nothing but a
-    yes or no answers the yes_no attributes just asked for and not answered otherwise: one each if there are as many
-    answers as attributes, else all of them alike; answers that disagree bind to none.
+    Values are found anywhere in the answer; a correction wins over what it corrects. A clause that is nothing
+    but a yes or no answers the yes_no attributes just asked for and not answered otherwise. If there are as
+    many such clauses as attributes, each answers one. Else they answer all alike, or none if they disagree.
     """
     before = asked(question, lex, strict=False) if question else []
-    found = {}
-    for (attribute, value), _, _ in find(answer, sorted(lex.values, key=lambda v: v[0][0] not in before)):
-        found[attribute] = value
-    unanswered = [a for a in before if a in lex.yes_no and a not in found]
-    bare = [b for b in (_yes_or_no(clause, lex) for clause in _CLAUSE.split(answer)) if b]
+    just_asked_first = sorted(lex.values, key=lambda entry: entry[0][0] not in before)
+    found = dict(label for _, _, label in find(answer, just_asked_first))
+    unanswered = [a for a in before if lex.attributes[a].yes_no == "true" and a not in found]
+    bare = [value for clause in _CLAUSE.split(_straight(answer)) if (value := _yes_or_no(clause, lex))]
     if len(bare) == len(unanswered):
         found.update(zip(unanswered, bare))
     elif len(set(bare)) == 1:
@@ -273,7 +310,7 @@ def revealed(question, answer, lex):
 
 
 def _yes_or_no(clause, lex):
-    forms = {clause.strip().replace("’", "'"), _EDGE.sub("", clause).replace("’", "'")}
+    forms = clause.strip(), _EDGE.sub("", clause)
     for value, patterns in (("yes", lex.yes), ("no", lex.no)):
         if any(p.fullmatch(form) for p in patterns for form in forms):
             return value
@@ -281,6 +318,8 @@ def _yes_or_no(clause, lex):
 
 
 def facts(messages, lex):
-    """For each message of an alternating conversation: {attribute: value} it reveals ({} for the assistant's)."""
-    before = [None] + [m["content"] if m["role"] == "assistant" else None for m in messages]
-    return [revealed(b, m["content"], lex) if m["role"] == "user" else {} for b, m in zip(before, messages)]
+    """Messages of an alternating conversation -> yield for each the {attribute: value} that it reveals."""
+    question = None
+    for m in messages:
+        yield revealed(question, m.content, lex) if m.role == "user" else {}
+        question = m.content if m.role == "assistant" else None

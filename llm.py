@@ -1,35 +1,42 @@
-"""Where the answers of extractor, grader and writer come from: a server, or a checkpoint of one's own.
+"""Where the replies of extractor, grader and writer come from: a server, or a checkpoint of your own.
 
-    endpoint   any OpenAI-compatible server (vLLM, ...) through the openai client, whose retries respect Retry-After
-    local      a Hugging Face checkpoint through this project's sampler
+    endpoint   any OpenAI-compatible server (vLLM, ...) through the openai client; it respects Retry-After
+    local      a Hugging Face checkpoint, sampled by this project (rollout.py)
 
-`rules` and `annotations` need no model (lexicon.py, hindsight.py, reward.py). Both sources give
+The sources `rules` and `annotations` need no model (reward.py, hindsight.py). Both sources here give
 
-    future = source.submit(messages, schema, check, seed)    # its result: check's value, or None, a failure that is counted
-    source.drain()                                           # what has to be computed here is computed now (local)
+    future = source.submit(messages, Grade, seed)   # its result: a Grade, or None for a failure
+    source.drain()                                  # a local model computes now; an endpoint began at submit
 
-A reply must be one JSON object that `check` accepts (ValueError says why not); one repair is asked for, then the ask has
-failed: None, never a silent 0. Usable replies are kept in a file by the hash of model, messages and parameters, so that a rerun
-repeats no paid call; several processes of one machine may share it. The key is read from the environment and appears nowhere else.
+where Grade is a class derived from records.Reply: it names the fields, checks them and gives the JSON schema
+that is sent. A reply must hold one JSON object that the class accepts. If it does not, the fault is named and
+one more reply is asked for. After that the ask is given up and counted: its result is None, never a silent 0.
+
+Usable replies are kept in a file (llm.cache) by a hash of model, messages, sampling parameters and schema, so
+that a rerun repeats no paid call. Several processes of one machine may share it. The key to the server comes
+from the environment and appears nowhere else.
 """
 import asyncio
-import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import os
 import sqlite3
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 
-from data import InputError, apply_template, identity, load_prompt, load_tokenizer
+from config import Stream
+from prompts import PROMPTS, apply_template, end_ids, load_prompt, load_tokenizer, text_of
+from records import InputError, explain, identity
 
 GIVE_UP = 40  # asks in a row that the server left unanswered, retries included: it is down
-PROMPTS = {"extractor": "prompts/extractor.md", "grader": "prompts/grader.md", "writer": "prompts/rejected.md"}
 
 
 class Unanswered(InputError):
@@ -37,54 +44,54 @@ class Unanswered(InputError):
 
 
 def open_source(role, cfg):
-    """The source of a role as its config section says, with its instructions (.prompt) and counts (.tally)."""
-    s = getattr(cfg.llm, role)
-    if not s.model:
-        raise InputError(f"llm.{role}.model is not set: the name the server knows the model by, or a Hugging Face folder")
-    cache = Cache(cfg.llm.cache or Path(cfg.run_dir) / "llm_cache.sqlite")
-    source = (Endpoint if s.source == "endpoint" else Local)(role, s, cache, cfg)
-    source.prompt_file = s.prompt or PROMPTS[role]
+    """The source of a role as the config describes it, with its instructions (.prompt) and counts (.tally).
+
+    Raises InputError where no model is named, or where model, prompt or cache cannot be used.
+    """
+    settings = getattr(cfg.llm, role)
+    if not settings.model:
+        raise InputError(f"llm.{role}.model is not set: the name by which the server knows the model, or a "
+                         f"Hugging Face folder")
+    cache = Cache(cfg.llm.cache or cfg.run_path / "llm_cache.sqlite")
+    source = (Endpoint if settings.source == "endpoint" else Local)(role, settings, cfg)
+    source.cache, source.tally = cache, Tally()
+    source.prompt_file = settings.prompt or PROMPTS[role]
     source.prompt = load_prompt(source.prompt_file)
     return source
 
 
-def dump(obj):
-    """Texts for a model, as JSON: none can close its own quotes, and none holds a special token such as <|im_end|> as it stands."""
-    return json.dumps(obj, ensure_ascii=False).replace("<|", "\\u003c|")
-
-
-def object_schema(**properties):
-    """The JSON schema of an object with exactly these properties."""
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
-
-
 class Cache:
-    """Replies by key in one SQLite file; safe for several processes, and whole after a kill."""
+    """Texts by what was asked (any JSON), in an SQLite file. Several processes may use it at once.
+
+    It belongs to one source, whose asks all run on one thread.
+    """
 
     def __init__(self, path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.local = path, threading.local()
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self.db = sqlite3.connect(path, timeout=120, isolation_level=None, check_same_thread=False)
+            self.db.execute("PRAGMA synchronous=OFF")  # a kill loses nothing; a power cut may
+            self.db.execute("CREATE TABLE IF NOT EXISTS reply (key TEXT PRIMARY KEY, text TEXT)")
+        except (OSError, sqlite3.Error) as error:
+            raise InputError(f"llm.cache: {path} cannot be used ({error}); name another file or "
+                             "remove it")
 
-    def db(self):  # a connection belongs to its thread
-        if not hasattr(self.local, "db"):
-            try:
-                self.local.db = sqlite3.connect(self.path, timeout=120, isolation_level=None)
-                self.local.db.execute("PRAGMA synchronous=OFF")  # safe against a killed process, not against a power cut
-                self.local.db.execute("CREATE TABLE IF NOT EXISTS reply (key TEXT PRIMARY KEY, text TEXT)")
-            except sqlite3.Error as error:
-                raise InputError(f"llm.cache: {self.path} cannot be used ({error}); name another file or remove it") from None
-        return self.local.db
-
-    def get(self, key):
-        row = self.db().execute("SELECT text FROM reply WHERE key = ?", (key,)).fetchone()
+    def get(self, what):
+        row = self.db.execute("SELECT text FROM reply WHERE key = ?", (key_of(what),)).fetchone()
         return row and row[0]
 
-    def put(self, key, text):
-        self.db().execute("INSERT OR REPLACE INTO reply VALUES (?, ?)", (key, text))
+    def put(self, what, text):
+        self.db.execute("INSERT OR REPLACE INTO reply VALUES (?, ?)", (key_of(what), text))
+
+
+def key_of(what):
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def parse_object(text):
-    """The one JSON object of a reply, prose or a code fence around it allowed; ValueError where there is none, or several.
+    """The one JSON object of a reply. Prose or a code fence may stand around it.
+
+    Raises ValueError where there is no object, or more than one.
 
     >>> parse_object('Here: {"score": 0.5}'), parse_object('```json\\n{"a": "}"}\\n```')
     ({'score': 0.5}, {'a': '}'})
@@ -96,211 +103,259 @@ def parse_object(text):
             found.append(value)
         except (ValueError, RecursionError):
             at += 1
-    json.dumps(found, ensure_ascii=False).encode()  # a cut emoji (half a surrogate pair) is a ValueError too
+    json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair (a cut emoji) is a ValueError too
     if len(found) != 1:
-        raise ValueError("no JSON object" if not found else f"{len(found)} JSON objects instead of one")
+        raise ValueError(f"{len(found)} JSON objects instead of one" if found else "no JSON object")
     return found[0]
 
 
+@functools.cache
+def schema_of(reply_class):
+    return reply_class.model_json_schema()
+
+
+# ---------------------------------------------------------------------------------- what a source has done
+
+KINDS = "asks answered invalid failed calls cached repairs tokens_in tokens_out".split()
+
+
 class Tally:
-    """What a source did. asks = answered + invalid + failed; an ask takes one or two replies, cached or called for."""
+    """What a source did. asks = answered + invalid + failed; an ask takes one or two replies."""
 
     def __init__(self):
-        self.n, self.seconds, self.why = Counter(), [], None  # why: the reason of the last ask that failed
+        self.n, self.seconds = Counter(), []
+        self.why = None  # the reason of the last failure
+
+    def count(self, kind, by=1):
+        self.n[kind] += by
 
     def take(self):
         """-> (counts, seconds of each call) since the last take."""
-        n, seconds, self.n, self.seconds = self.n, self.seconds, Counter(), []
-        return n, seconds
+        taken = self.n, self.seconds
+        self.n, self.seconds = Counter(), []
+        return taken
 
 
 def summary(takes):
-    """Tallies of several ranks (or one) -> one dict of figures, latency as quantiles in seconds."""
-    n, seconds = sum((t[0] for t in takes), Counter()), [x for t in takes for x in t[1]]
+    """What Tally.take gave on each rank -> one dict of figures, latency as quantiles in seconds."""
+    counts, seconds = zip(*takes)
+    n, seconds = sum(counts, Counter()), sum(seconds, [])
     p50, p95 = np.quantile(seconds, (0.5, 0.95)).tolist() if seconds else (None, None)
-    kinds = ("asks", "answered", "invalid", "failed", "calls", "cached", "repairs", "tokens_in", "tokens_out")
-    return {**{k: n[k] for k in kinds}, "p50_s": p50, "p95_s": p95}
+    return {**{kind: n[kind] for kind in KINDS}, "p50_s": p50, "p95_s": p95}
 
 
 def report(source):
-    """A line for people about all that a source has done since its last take."""
+    """One line of text about all that a source has done since its last take."""
     s = summary([source.tally.take()])
-    return (f"{s['asks']} asks: {s['answered']} answered, {s['invalid']} with unusable replies, {s['failed']} unanswered; "
-            f"{s['calls']} calls ({s['repairs']} repairs asked for), {s['cached']} replies from the cache; {s['tokens_in']} + {s['tokens_out']} tokens"
-            + (f"; a call took {s['p50_s']:.2f} s (median), {s['p95_s']:.2f} s (95%)" if s["calls"] else "")
-            + (f"; the last that failed: {source.tally.why}" if source.tally.why else ""))
+    line = (f"{s['asks']} asks: {s['answered']} answered, {s['invalid']} with unusable replies, "
+            f"{s['failed']} unanswered; {s['calls']} calls ({s['repairs']} repairs asked for), "
+            f"{s['cached']} replies from the cache; {s['tokens_in']} + {s['tokens_out']} tokens")
+    if s["calls"]:
+        line += f"; a call took {s['p50_s']:.2f} s (median), {s['p95_s']:.2f} s (95%)"
+    if source.tally.why:
+        line += f"; the last that failed: {source.tally.why}"
+    return line
 
 
 def in_order(source, items, submit):
-    """Yield (item, results of the futures that submit(item) gives) in input order, with a window of items under way. source:
-    None where the futures are done at once."""
-    window, at_once = deque(), 4 * source.s.concurrency if source else 1
+    """Yield (item, results of the futures that submit(item) gives) in the order of the items.
 
-    def first():
-        item, futures = window.popleft()
-        if source and not all(f.done() for f in futures):
-            source.drain()
-        return item, [f.result() for f in futures]
-
-    for item in items:
-        window.append((item, submit(item)))
-        if len(window) >= at_once:
-            yield first()
+    A window of 4 x concurrency items is under way at once.
+    """
+    pending = ((item, submit(item)) for item in items)
+    window = list(itertools.islice(pending, 4 * source.settings.concurrency))
     while window:
-        yield first()
+        item, futures = window.pop(0)
+        if not all(f.done() for f in futures):
+            source.drain()
+        yield item, [f.result() for f in futures]
+        window += itertools.islice(pending, 1)
 
 
-async def answer(reply, s, cache, tally, messages, schema, check, seed):
-    """One ask: from the cache or by `reply`, checked, with one repair. -> check's value or None."""
-    tally.n["asks"] += 1
-    key = json.dumps([s.model, messages, s.temperature, s.max_tokens, seed, schema], ensure_ascii=False, sort_keys=True)
-    key = hashlib.sha256(key.encode()).hexdigest()
-    known = cache.get(key)
-    tally.n["cached"] += known is not None
-    for attempt in (0, 1):
-        if attempt or known is None:
-            text = await reply(messages, schema, seed)
-            if text is None:
-                tally.n["failed"] += 1
-                return None
-            tally.n["calls"] += 1
-        else:
-            text = known
-        try:
-            value = check(parse_object(text))
-            if text is not known:
-                cache.put(key, text)  # also a repaired one; what cannot be used is asked for again by the next run
-            tally.n["answered"] += 1
-            return value
+# -------------------------------------------------------------------------------------- one ask, step by step
+
+class Ask:
+    """One question to a language model: from the cache or a first reply, at most one repair, then the end.
+
+    A source calls take() with each reply to `request`, until the ask is `over`. The result is an instance of
+    reply_class, or None: the ask is invalid (two unusable replies) or failed (no reply).
+
+    context: what the validators of reply_class may read.
+    """
+
+    def __init__(self, source, messages, reply_class, seed, context):
+        self.source, self.reply_class, self.context = source, reply_class, context
+        self.result, self.repaired, self.over = None, False, False
+        s = source.settings
+        self.request = {"model": s.model, "messages": messages, "temperature": s.temperature,
+                        "max_tokens": s.max_tokens, "seed": seed}  # as the chat-completions API has it
+        self.what = [self.request, schema_of(reply_class)]  # decides the reply
+        source.tally.count("asks")
+        known = source.cache.get(self.what)
+        if known is not None:
+            self.take(known, "cached")
+
+    def take(self, text, origin="calls"):
+        """A reply, or None where there was none in spite of all retries. One that cannot be used is repaired:
+        the request is then to be sent once more, and says what was wrong."""
+        tally = self.source.tally
+        if text is None:
+            return self.end("failed")
+        tally.count(origin)
+        try:  # the schema forbids further keys, but a reply that has some is usable
+            self.result = self.reply_class.model_validate(parse_object(text), context=self.context,
+                                                          extra="ignore")
         except ValueError as error:
-            tally.n["repairs"] += attempt == 0
-            if text:
-                messages = [*messages, {"role": "assistant", "content": text[:4000]},
-                            {"role": "user", "content": f"That cannot be used: {error}. Answer again with the JSON object alone."}]
-            tally.why = f"{error}, in {text[:200]!r}"
-    tally.n["invalid"] += 1
-    return None
+            fault = explain(error) if isinstance(error, ValidationError) else error
+        else:
+            if origin == "calls":  # an unusable reply is not kept: the next run asks again
+                self.source.cache.put(self.what, text)
+            return self.end("answered")
+        tally.why = f"{fault}, in {text[:200]!r}"
+        if self.repaired:
+            return self.end("invalid")
+        self.repaired = True
+        tally.count("repairs")
+        if text:  # an empty reply is not shown again
+            messages = [*self.request["messages"], {"role": "assistant", "content": text[:4000]},
+                        {"role": "user", "content": f"That cannot be used: {fault}. Answer again with the "
+                                                    "JSON object alone."}]
+            self.request = {**self.request, "messages": messages}
+
+    def end(self, outcome):
+        self.source.tally.count(outcome)
+        self.over = True
+
+
+# ------------------------------------------------------------------------------------------------ the sources
+
+REFUSED = (400, 422)  # HTTP: the server refuses this ask (too long, say), not any
+DENIED = (401, 403, 404)  # HTTP: it will answer no ask
 
 
 class Endpoint:
-    """A server that speaks the chat-completions API. Its asks run on a thread of their own, `concurrency` at once."""
+    """A server with the chat-completions API. Asks run on a thread of their own, `concurrency` at once."""
 
-    def __init__(self, role, settings, cache, cfg):
+    def __init__(self, role, settings, cfg):
         import openai
-        self.role, self.s, self.cache, self.tally, self.openai = role, settings, cache, Tally(), openai
-        self.key = os.environ.get(settings.api_key_env) or "EMPTY"
+        self.role, self.settings, self.openai = role, settings, openai
+        key = os.environ.get(settings.api_key_env) or "EMPTY"
+        self.client = openai.AsyncOpenAI(base_url=settings.base_url, api_key=key, timeout=settings.timeout_s,
+                                         max_retries=settings.retries)
         self.schema_known, self.in_a_row = True, 0
+        self.gate = asyncio.Semaphore(settings.concurrency)
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self.client = openai.AsyncOpenAI(base_url=settings.base_url, api_key=self.key, timeout=settings.timeout_s,
-                                         max_retries=settings.retries)
-        self.gate = asyncio.Semaphore(settings.concurrency)
 
-    def submit(self, messages, schema, check, seed=0):
-        return asyncio.run_coroutine_threadsafe(
-            answer(self.reply, self.s, self.cache, self.tally, messages, schema, check, seed), self.loop)
+    def submit(self, messages, reply_class, seed=0, context=None):
+        return asyncio.run_coroutine_threadsafe(self.answer(messages, reply_class, seed, context), self.loop)
 
     def drain(self):
         pass
 
-    async def reply(self, messages, schema, seed):
-        """-> text ("" where the server sent none), or None where it did not answer in spite of all retries."""
-        how = dict(model=self.s.model, messages=messages, temperature=self.s.temperature, max_tokens=self.s.max_tokens, seed=seed)
-        o = self.openai
+    async def answer(self, *question):
+        ask = Ask(self, *question)
+        while not ask.over:
+            ask.take(await self.call(ask))
+        return ask.result
+
+    async def call(self, ask):
+        """-> the reply's text ("" where it holds none), or None where all retries gave none.
+
+        Raises Unanswered where the server denies everything, or has left GIVE_UP asks in a row unanswered.
+        """
         async with self.gate:
             began = time.perf_counter()
-            if self.schema_known and schema:
-                form = {"name": self.role, "schema": schema, "strict": True}
-                how["response_format"] = {"type": "json_schema", "json_schema": form}
             try:
-                try:
-                    done = await self.client.chat.completions.create(**how)
-                except (o.BadRequestError, o.UnprocessableEntityError):
-                    if "response_format" not in how:
-                        raise
-                    del how["response_format"]
-                    done = await self.client.chat.completions.create(**how)
-                    self.schema_known = False  # a server without JSON schemas: plain JSON from now on
-            except (o.AuthenticationError, o.PermissionDeniedError, o.NotFoundError) as error:
-                raise self.error(error) from None
-            except (o.OpenAIError, ValueError) as error:  # no answer, one that is no JSON, or this ask is refused (too long)
-                self.tally.why = self.told(error)
-                refused = isinstance(error, (o.BadRequestError, o.UnprocessableEntityError))  # this ask, not any: too long, say
-                self.in_a_row += not refused
-                if self.in_a_row >= GIVE_UP:
-                    raise self.error(error) from None
-                return None
+                completion = await self.complete(ask)
+            except (self.openai.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
+                return self.unanswered(error)
             self.tally.seconds.append(time.perf_counter() - began)
         self.in_a_row = 0
-        if usage := getattr(done, "usage", None):
-            self.tally.n["tokens_in"] += usage.prompt_tokens or 0
-            self.tally.n["tokens_out"] += usage.completion_tokens or 0
+        return self.text_of(completion)
+
+    async def complete(self, ask):
+        """One call of the API, with the JSON schema of the reply if the server takes schemas."""
+        create = functools.partial(self.client.chat.completions.create, **ask.request)
+        if self.schema_known:
+            schema = {"name": self.role, "schema": schema_of(ask.reply_class), "strict": True}
+            try:
+                return await create(response_format={"type": "json_schema", "json_schema": schema})
+            except self.openai.APIStatusError as error:
+                if error.status_code not in REFUSED:
+                    raise
+        completion = await create()
+        self.schema_known = False  # what the server refused was the schema: plain JSON from now on
+        return completion
+
+    def text_of(self, completion):
+        if usage := getattr(completion, "usage", None):
+            self.tally.count("tokens_in", usage.prompt_tokens or 0)
+            self.tally.count("tokens_out", usage.completion_tokens or 0)
         try:
-            text = done.choices[0].message.content
-        except (AttributeError, IndexError, TypeError):  # a reply of another form
-            text = None
-        return text.encode(errors="replace").decode() if isinstance(text, str) else ""
+            return completion.choices[0].message.content.encode(errors="replace").decode()
+        except (AttributeError, IndexError, TypeError):  # a reply of another form, or without a text
+            return ""
 
-    def told(self, error):
-        return " ".join(f"{type(error).__name__}: {error}".replace(self.key, "***").split())[:300]
-
-    def error(self, error):
-        return Unanswered(f"llm.{self.role} at {self.s.base_url} ({self.s.model}, key from ${self.s.api_key_env}): {self.told(error)}; answers so far are kept, start "
-                          f"again to go on")
+    def unanswered(self, error):
+        """Note an error of the client. -> None; raises Unanswered where it is the end."""
+        s, status = self.settings, getattr(error, "status_code", None)
+        told = f"{type(error).__name__}: {error}".replace(self.client.api_key, "***")
+        self.tally.why = " ".join(told.split())[:300]
+        self.in_a_row += status not in REFUSED
+        if status in DENIED or self.in_a_row >= GIVE_UP:
+            raise Unanswered(f"llm.{self.role} at {s.base_url} ({s.model}, key from ${s.api_key_env}): "
+                             f"{self.tally.why}; replies so far are kept, start again to go on")
 
 
 class Local:
-    """A checkpoint of one's own. Asks wait until drain(), which samples them together (collective where it is sharded)."""
+    """A checkpoint of your own. Asks wait for drain(), which samples all in one batch, then the repairs.
 
-    def __init__(self, role, settings, cache, cfg):
-        import torch
+    With several ranks the weights are sharded, and drain() is collective; each rank has asks of its own.
+    """
+
+    def __init__(self, role, settings, cfg):
+        import torch  # torch and what needs it, late: hindsight.py with a server or with rules does without
 
         import model as decoder
         import parallel
         import rollout
         folder = decoder.resolve(settings.model)
-        self.s = dataclasses.replace(settings, model=f"{settings.model} {identity(folder)}")  # another content, other replies
-        self.cache, self.tally, self.waiting, self.batch = cache, Tally(), [], []
-        self.decoder, self.rollout, self.rows = decoder, rollout, max(1, cfg.rollout.max_rows // cfg.rollout.samples)
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        # For the cache: a folder's content decides its replies.
+        self.settings = settings.model_copy(update={"model": f"{settings.model} {identity(folder)}"})
+        self.waiting = []
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = parallel.compute_dtype(cfg.model.dtype, device)
-        many = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-        self.model = parallel.load_sharded(folder, device, dtype, trainable=False) if many else decoder.load(folder, device, dtype)
-        self.tokenizer = load_tokenizer(folder)
-        self.ends = rollout.end_ids(folder, self.tokenizer)
+        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        load = functools.partial(parallel.load_sharded, trainable=False) if several else decoder.load
+        tokenizer = load_tokenizer(folder)
+        self.policy = rollout.Policy(load(folder, device, dtype), tokenizer, end_ids(folder, tokenizer))
+        self.gathered, self.generate = decoder.gathered, rollout.generate
+        rows = cfg.rollout.max_rows // cfg.rollout.samples  # as many prompts at once as in training
+        self.sampling = rollout.Sampling(1, settings.max_tokens, settings.temperature, max_rows=rows)
 
-    def submit(self, messages, schema, check, seed=0):
+    def submit(self, messages, reply_class, seed=0, context=None):
         future = Future()
-        self.waiting.append((future, messages, schema, check, seed))
+        self.waiting.append((future, messages, reply_class, seed, context))
         return future
 
     def drain(self):
         waiting, self.waiting = self.waiting, []
-        with self.decoder.gathered(self.model):
-            values = asyncio.run(self.all(waiting))
-        for (future, *_), value in zip(waiting, values):
-            future.set_result(value)
+        asks = [(future, Ask(self, *question)) for future, *question in waiting]
+        with self.gathered(self.policy.model):
+            while batch := [ask for _, ask in asks if not ask.over]:
+                self.answer(batch)
+        for future, ask in asks:
+            future.set_result(ask.result)
 
-    async def all(self, waiting):
-        tasks = [asyncio.ensure_future(answer(self.reply, self.s, self.cache, self.tally, *ask)) for _, *ask in waiting]
-        while True:
-            for _ in range(3):  # let every task run to where it waits for a reply
-                await asyncio.sleep(0)
-            batch, self.batch = self.batch, []
-            if not batch:
-                return await asyncio.gather(*tasks)
-            began = time.perf_counter()
-            prompts = [apply_template(self.tokenizer, messages) for messages, *_ in batch]
-            answers = self.rollout.generate(
-                self.model, prompts, samples=1, max_new_tokens=self.s.max_tokens, temperature=self.s.temperature, ends=self.ends,
-                seed=0, keys=[(5, seed, i) for i, (_, seed, _) in enumerate(batch)], max_rows=self.rows)
-            for (_, _, future), prompt, (a,) in zip(batch, prompts, answers):
-                self.tally.seconds.append(time.perf_counter() - began)
-                self.tally.n["tokens_in"] += len(prompt)
-                self.tally.n["tokens_out"] += len(a.tokens)
-                future.set_result(self.rollout.text_of(self.tokenizer, a, self.ends))
-
-    def reply(self, messages, schema, seed):
-        future = asyncio.get_running_loop().create_future()
-        self.batch.append((messages, seed, future))
-        return future
+    def answer(self, batch):
+        """One reply to each ask of the batch."""
+        policy, began = self.policy, time.perf_counter()
+        prompts = [apply_template(policy.tokenizer, ask.request["messages"]) for ask in batch]
+        keys = [(Stream.LOCAL_LLM, ask.request["seed"], i) for i, ask in enumerate(batch)]
+        responses = self.generate(policy.model, prompts, policy.ends, self.sampling, keys=keys)
+        self.tally.seconds += [time.perf_counter() - began] * len(batch)
+        for ask, prompt, (response,) in zip(batch, prompts, responses):
+            self.tally.count("tokens_in", len(prompt))
+            self.tally.count("tokens_out", len(response.tokens))
+            ask.take(text_of(policy.tokenizer, response.tokens, policy.ends))

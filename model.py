@@ -1,33 +1,37 @@
 """The decoder of Qwen2/2.5, Qwen3 and the Llama family, read from and written to Hugging Face folders.
 
-One class serves trainer and sampler. Tokens are packed: a forward pass takes N tokens of any number of sequences in one
-row, and who sees whom is decided by `attend(layer, q, k, v)`, a function the caller brings (the trainer: prompt + answers
-as a tree; the sampler: prompt cache + own answer). Parameter names are Hugging Face's, so loading and saving is by name.
-The last layer computes only the rows whose next token is asked for: of the others nobody reads more than keys and values.
+One class serves the trainer and the sampler. Tokens are packed: a forward pass takes N tokens of any number
+of sequences in one row. Which token sees which is decided by `attend(layer, q, k, v)`, a function that the
+caller passes (the trainer: a prompt and its responses as a tree; the sampler: a cached prompt and a
+response's own tokens). Parameters have Hugging Face's names, so loading and saving go by name. The last
+layer computes only the rows whose next token is asked for; of the other rows it needs keys and values alone.
 
-Letters: N packed tokens, H hidden size, A query heads, K key/value heads, D head size, V vocabulary, S attention spans.
+Letters: N packed tokens, M rows whose next token is asked for, H hidden size, A query heads, K key/value
+heads, D head size, V vocabulary, S attention spans.
 Norms, rotary angles and softmax run in float32 at least; float64 stays float64 (tests rely on it).
 """
 import contextlib
 import inspect
-import json
 import math
 import os
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, write_json
+from records import InputError, read_json, write_json
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -36,85 +40,109 @@ except ImportError:
 VARLEN_ARGUMENTS = inspect.signature(varlen_attn).parameters
 
 
-# -------------------------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------------------------------------------ attention
+
+class Starts(NamedTuple):
+    """Where S packed sequences start, as the varlen kernels ask for it."""
+    q: Tensor  # [S + 1], int32
+    k: Tensor  # [S + 1], int32
+    max_q: int  # the longest sequence's queries
+    max_k: int
+
 
 @dataclass
 class Spans:
-    """S attention problems over packed tokens: span s reads q_len[s] query rows and k_len[s] key rows.
+    """S attention problems over packed tokens. Span s reads q_len[s] query rows and k_len[s] key rows.
 
-    Causal, aligned at the end: the last query of a span sees all its keys, the one before sees all but the last, ...
-    q_rows [sum q_len] and k_rows [sum k_len] index the packed tokens; two spans may share key rows (a prompt).
+    Causal, aligned at the end: the last query of a span sees all its keys, the one before it all but the
+    last, ... q_rows [sum q_len] and k_rows [sum k_len] index the packed tokens. Spans may share key rows
+    (those of a prompt).
     """
-    q_rows: torch.Tensor
-    k_rows: torch.Tensor
-    q_len: torch.Tensor  # [S], on the CPU
-    k_len: torch.Tensor  # [S], on the CPU
+    q_rows: Tensor
+    k_rows: Tensor
+    q_len: Tensor  # [S], on the CPU
+    k_len: Tensor  # [S], on the CPU
 
     def __post_init__(self):
-        self.max_q, self.max_k = int(self.q_len.max()), int(self.k_len.max())
-        self.whole = self.q_rows is self.k_rows  # whole sequences: kernels know their mask without being given one
+        self.max_q = int(self.q_len.max())
+        self.max_k = int(self.k_len.max())
+        self.whole = self.q_rows is self.k_rows  # whole sequences: the kernels' own causal mask is right
 
     @cached_property
-    def offsets(self):
-        """Where each span starts among q_rows and k_rows, two [S + 1] tensors: what the varlen kernels ask for."""
-        device = self.q_rows.device
-        return tuple(F.pad(n.cumsum(0), (1, 0)).to(device, torch.int32) for n in (self.q_len, self.k_len))
+    def starts(self):
+        """Where each span starts among q_rows and k_rows."""
+        ends = torch.stack([self.q_len, self.k_len]).cumsum(1)  # [2, S]
+        q, k = F.pad(ends, (1, 0)).to(self.q_rows.device, torch.int32)
+        return Starts(q, k, self.max_q, self.max_k)
 
     @cached_property
     def padded(self):
-        """The same as rectangles: q_pad [S max_q] and k_pad [S max_k] (rows to read), what to add to scores [S, 1, max_q, max_k], and
-        q_slot [sum q_len], where real queries sit. Padding is told by lengths, never by token ids; a padded query sees
-        some key, so that no softmax is empty, and its output is dropped."""
+        """The spans as rectangles, filled up with row 0: rows to read, q [S max_q] and k [S max_k]."""
+        q = pad_sequence(self.q_rows.split(self.q_len.tolist()), batch_first=True)
+        k = pad_sequence(self.k_rows.split(self.k_len.tolist()), batch_first=True)
+        return q.flatten(), k.flatten()
+
+    @cached_property
+    def mask(self):
+        """What to add to the rectangles' scores [S, 1, max_q, max_k].
+
+        A padded query sees some key, so that no softmax is empty. `real` drops its output.
+        """
         device = self.q_rows.device
-        q_at, k_at = torch.arange(self.max_q, device=device), torch.arange(self.max_k, device=device)
-        q_len, k_len = self.q_len.to(device)[:, None], self.k_len.to(device)[:, None]
-        q_real, k_real = q_at < q_len, k_at < k_len  # [S, max_q], [S, max_k]
-        q_pad, k_pad = (torch.zeros(real.shape, dtype=torch.long, device=device).masked_scatter(real, rows).flatten()
-                        for real, rows in ((q_real, self.q_rows), (k_real, self.k_rows)))
-        mask = None if self.whole else torch.where(k_at <= (k_len - q_len + q_at)[:, :, None], 0.0, -torch.inf)[:, None]
-        return q_pad, k_pad, mask, q_real.flatten().nonzero().flatten()
+        last = (self.k_len - self.q_len)[:, None] + torch.arange(self.max_q)  # [S, max_q] the last key seen
+        hidden = torch.arange(self.max_k, device=device) > last[:, None, :, None].to(device)
+        return torch.where(hidden, -torch.inf, 0.0)
+
+    @cached_property
+    def real(self):
+        """Where in the rectangle the queries are [sum q_len]. Lengths tell, never token ids."""
+        real = torch.arange(self.max_q) < self.q_len[:, None]  # [S, max_q]
+        return real.flatten().nonzero().flatten().to(self.q_rows.device)
 
 
 def attention(q, k, v, spans):
     """softmax(q k^T / sqrt(D)) v within each span. q [N, A, D], k and v [N, K, D] -> [sum q_len, A, D].
 
-    Where varlen_takes(q): flash-attn's varlen kernel if installed, else PyTorch's own. Otherwise
+    Where varlen_takes(q): flash-attn's varlen kernel if it is installed, else PyTorch's own. Otherwise
     scaled_dot_product_attention over padded spans, causal or with a mask.
     """
-    if varlen_takes(q):
-        q, k, v = q.index_select(0, spans.q_rows), k.index_select(0, spans.k_rows), v.index_select(0, spans.k_rows)
-        return varlen(q, k, v, *spans.offsets, spans.max_q, spans.max_k, causal=True)
-    S, (q_pad, k_pad, mask, q_slot) = len(spans.q_len), spans.padded
-    mask = None if mask is None else mask.to(q.dtype)
-    q = q.index_select(0, q_pad).view(S, spans.max_q, *q.shape[1:]).transpose(1, 2)  # [S, A, max_q, D]
-    k = k.index_select(0, k_pad).view(S, spans.max_k, *k.shape[1:]).transpose(1, 2)  # [S, K, max_k, D]
-    v = v.index_select(0, k_pad).view(S, spans.max_k, *v.shape[1:]).transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=spans.whole, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, q_slot)
+    kernel = varlen_takes(q)
+    q_rows, k_rows = (spans.q_rows, spans.k_rows) if kernel else spans.padded
+    q, k, v = (x.index_select(0, at) for x, at in ((q, q_rows), (k, k_rows), (v, k_rows)))
+    if kernel:
+        return varlen(q, k, v, spans.starts, causal=True)
+    q, k, v = (x.unflatten(0, (len(spans.q_len), -1)).transpose(1, 2) for x in (q, k, v))
+    mask = None if spans.whole else spans.mask.to(q.dtype)
+    groups = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=spans.whole, enable_gqa=groups)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, spans.real)  # from [S, A, max_q, D]
 
 
 def varlen_takes(x):
-    """Whether the varlen kernels take such tensors: on CUDA (Ampere or later), half precision, heads of 8, 16, ... 256 numbers."""
-    return (x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256
+    """Whether the varlen kernels take such tensors: CUDA (Ampere on), half precision, D = 8, 16, ... 256."""
+    return (x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] in range(8, 257, 8)
             and torch.cuda.get_device_capability(x.device) >= (8, 0))
 
 
-def varlen(q, k, v, cu_q, cu_k, max_q, max_k, causal, lse=False):
-    """Attention of sequences packed one after the other by a varlen kernel. q [Nq, A, D], k and v [Nk, K, D]; cu_q, cu_k [S + 1]
-    where each starts, int32 -> [Nq, A, D], with lse also the log-sum-exp of the scores [Nq, A]."""
-    sizes = (cu_q, cu_k, max_q, max_k)
+def varlen(q, k, v, starts, causal, lse=False):
+    """Attention of packed sequences by a varlen kernel. q [Nq, A, D], k and v [Nk, K, D] -> [Nq, A, D].
+
+    With lse also the log-sum-exp of the scores [Nq, A].
+    """
     if flash_attn_varlen_func is not None:
-        out = flash_attn_varlen_func(q, k, v, *sizes, causal=causal, return_attn_probs=lse)
+        out = flash_attn_varlen_func(q, k, v, *starts, causal=causal, return_attn_probs=lse)
     else:
         how = {"return_aux": AuxRequest(lse=True)} if lse else {}
-        if causal:
-            how |= {"window_size": (-1, 0)} if "window_size" in VARLEN_ARGUMENTS else {"is_causal": True}  # newer | older torch
-        if q.shape[1] != k.shape[1]:
-            if "enable_gqa" in VARLEN_ARGUMENTS:
-                how["enable_gqa"] = True
-            else:
-                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        out = varlen_attn(q, k, v, *sizes, **how)
+        if causal and "window_size" in VARLEN_ARGUMENTS:  # newer torch
+            how["window_size"] = (-1, 0)
+        elif causal:
+            how["is_causal"] = True
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1 and "enable_gqa" in VARLEN_ARGUMENTS:
+            how["enable_gqa"] = True
+        elif groups > 1:
+            k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        out = varlen_attn(q, k, v, *starts, **how)
     return (out[0], out[1].transpose(0, 1)) if lse else out  # the kernels give the log-sum-exp as [A, Nq]
 
 
@@ -125,7 +153,7 @@ def causal_spans(lengths, device="cpu"):
     return Spans(rows, rows, lengths, lengths)
 
 
-# -------------------------------------------------------------------------------------------------------- the decoder
+# ---------------------------------------------------------------------------------------------- the decoder
 
 @dataclass
 class Shape:
@@ -134,9 +162,9 @@ class Shape:
     hidden: int
     layers: int
     heads: int
+    mlp: int
     kv_heads: int
     head_dim: int
-    mlp: int
     eps: float
     theta: float
     rope_scaling: dict | None  # llama3's, or None
@@ -146,100 +174,105 @@ class Shape:
     tied: bool
 
 
-FEW_ROWS = 400  # up to so many a CPU multiplies faster with the weights on the left
+FEW_ROWS = 400  # a CPU multiplies up to so many rows faster with the weights on the left
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def read_shape(folder):
-    """config.json of a Hugging Face folder -> Shape. Raises InputError for an architecture this file does not compute."""
+    """config.json of a Hugging Face folder -> Shape. InputError: what this file does not compute."""
     path = Path(folder) / "config.json"
     try:
-        c = json.loads(path.read_text(encoding="utf-8"))
+        c = read_json(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"model.path: {path} cannot be read ({error})") from None
+        raise InputError(f"model.path: {path} cannot be read ({error})")
     if not isinstance(c, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(c).__name__}")
     kind = c.get("model_type")
-    if kind not in ("qwen2", "qwen3", "llama"):
-        raise InputError(f"{path}: model_type {kind!r} is not supported; qwen2, qwen3 and llama are")
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    refused = {"rope type " + str(rope_type): rope_type not in ("default", "llama3"),
-               "sliding-window attention": bool(c.get("use_sliding_window")),
-               f"activation {c.get('hidden_act')}": c.get("hidden_act", "silu") != "silu",
-               "mlp_bias": bool(c.get("mlp_bias")), "quantization": bool(c.get("quantization_config"))}
-    for what, present in refused.items():
-        if present:
-            raise InputError(f"{path}: {what} is not supported by model.py")
-    lacks = [k for k in LLAMA3_ROPE if not isinstance(rope.get(k), (int, float))] if rope_type == "llama3" else []
-    if lacks:
-        raise InputError(f"{path}: rope type llama3 lacks {lacks[0]}")
-    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    for key in needed:
-        if not isinstance(c.get(key), int):
-            raise InputError(f"{path}: {key} is missing or not a whole number")
+    fault = fault_of(c, kind, rope, rope_type)
+    if fault:
+        raise InputError(f"{path}: {fault}")
+    heads = c["num_attention_heads"]
     bias = bool(c.get("attention_bias"))
     return Shape(
-        vocab=c["vocab_size"], hidden=c["hidden_size"], layers=c["num_hidden_layers"], heads=c["num_attention_heads"],
-        kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
-        head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"], mlp=c["intermediate_size"],
-        eps=c.get("rms_norm_eps", 1e-6), theta=rope.get("rope_theta") or c.get("rope_theta", 10000.0),
-        rope_scaling=rope if rope_type == "llama3" else None, qkv_bias=kind == "qwen2" or bias,
-        out_bias=kind != "qwen2" and bias, qk_norm=kind == "qwen3", tied=bool(c.get("tie_word_embeddings", False)))
+        *(c[key] for key in SIZES),  # the first five fields
+        kv_heads=c.get("num_key_value_heads") or heads,
+        head_dim=c.get("head_dim") or c["hidden_size"] // heads,
+        eps=c.get("rms_norm_eps", 1e-6),
+        theta=rope.get("rope_theta") or c.get("rope_theta", 10000.0),
+        rope_scaling=rope if rope_type == "llama3" else None,
+        qkv_bias=kind == "qwen2" or bias,
+        out_bias=kind != "qwen2" and bias,
+        qk_norm=kind == "qwen3",
+        tied=bool(c.get("tie_word_embeddings", False)))
+
+
+def fault_of(c, kind, rope, rope_type):
+    """-> None, or what config.json asks for that this file does not compute."""
+    if kind not in ("qwen2", "qwen3", "llama"):
+        return f"model_type {kind!r} is not supported; qwen2, qwen3 and llama are"
+    activation = c.get("hidden_act", "silu")
+    refused = {f"rope type {rope_type}": rope_type not in ("default", "llama3"),
+               f"activation {activation}": activation != "silu",
+               "sliding-window attention": c.get("use_sliding_window"),
+               "mlp_bias": c.get("mlp_bias"),
+               "quantization": c.get("quantization_config")}
+    for what, present in refused.items():
+        if present:
+            return f"{what} is not supported by model.py"
+    for key in LLAMA3_ROPE if rope_type == "llama3" else ():
+        if not isinstance(rope.get(key), (int, float)):
+            return f"rope type llama3 lacks {key}"
+    for key in SIZES:
+        if not isinstance(c.get(key), int):
+            return f"{key} is missing or not a whole number"
 
 
 def wide(x):
-    """float32 at least: the type norms, softmax and log-probs are computed in."""
+    """x in float32 at least: the type that softmax and log-probs are computed in."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 def rope_angles(shape, positions, dtype):
-    """Rotary cos and sin of these positions [N] -> two [N, 1, D] tensors; sin's first half has the sign that rotate needs."""
-    at_least = torch.float64 if dtype == torch.float64 else torch.float32
+    """Rotary cos and sin of positions [N], each [N, 1, D]. sin's first half has the sign rotate() needs."""
+    at_least = torch.promote_types(dtype, torch.float32)
     even = torch.arange(0, shape.head_dim, 2, dtype=at_least, device=positions.device)
     freq = 1.0 / shape.theta ** (even / shape.head_dim)  # [D/2]
-    if shape.rope_scaling:  # Llama 3.1: long wavelengths stretched, short ones kept, a ramp between
-        s, old = shape.rope_scaling, shape.rope_scaling["original_max_position_embeddings"]
-        low, high = s["low_freq_factor"], s["high_freq_factor"]
-        ramp = ((old * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        freq = freq * (ramp + (1 - ramp) / s["factor"])
-    angle = positions.to(at_least)[:, None] * freq  # [N, D/2]
+    if shape.rope_scaling:  # Llama 3.1: long wavelengths are stretched, short ones kept, with a ramp between
+        factor, low, high, old = (shape.rope_scaling[key] for key in LLAMA3_ROPE)
+        turns = old * freq / (2 * math.pi)  # within the context of the first training
+        ramp = ((turns - low) / (high - low)).clamp(0, 1)
+        freq = freq * (ramp + (1 - ramp) / factor)
+    angle = positions.to(at_least)[:, None, None] * freq  # [N, 1, D/2]
     sin, cos = angle.sin(), angle.cos()
-    return tuple(torch.cat(x, dim=-1)[:, None].to(dtype) for x in ((cos, cos), (-sin, sin)))  # [N, 1, D]
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def rotate(x, cos, sin):
-    a, b = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)
+    a, b = x.chunk(2, -1)
+    return torch.addcmul(x * cos, torch.cat([b, a], -1), sin)
 
 
 class Attention(nn.Module):
     def __init__(self, s):
         super().__init__()
         self.head_dim = s.head_dim
-        self.q_proj = nn.Linear(s.hidden, s.heads * s.head_dim, bias=s.qkv_bias)
-        self.k_proj = nn.Linear(s.hidden, s.kv_heads * s.head_dim, bias=s.qkv_bias)
-        self.v_proj = nn.Linear(s.hidden, s.kv_heads * s.head_dim, bias=s.qkv_bias)
-        self.o_proj = nn.Linear(s.heads * s.head_dim, s.hidden, bias=s.out_bias)
-        if s.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(s.head_dim, s.eps), RMSNorm(s.head_dim, s.eps)
-        self.qk_norm = s.qk_norm
+        q_size, kv_size = s.heads * s.head_dim, s.kv_heads * s.head_dim
+        self.q_proj = nn.Linear(s.hidden, q_size, bias=s.qkv_bias)
+        self.k_proj = nn.Linear(s.hidden, kv_size, bias=s.qkv_bias)
+        self.v_proj = nn.Linear(s.hidden, kv_size, bias=s.qkv_bias)
+        self.o_proj = nn.Linear(q_size, s.hidden, bias=s.out_bias)
+        norm = nn.RMSNorm if s.qk_norm else nn.Identity
+        self.q_norm = norm(s.head_dim, s.eps)
+        self.k_norm = norm(s.head_dim, s.eps)
 
     def forward(self, x, cos, sin, select):  # x [N, H] -> q [N, A, D] (select: [M, A, D]), k and v [N, K, D]
-        k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.k_proj, self.v_proj))
-        q = self.q_proj(rows(x, select)).unflatten(-1, (-1, self.head_dim))
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, rows(cos, select), rows(sin, select)), rotate(k, cos, sin), v
+        k, v, q = self.k_proj(x), self.v_proj(x), self.q_proj(rows(x, select))
+        k, v, q = (y.unflatten(-1, (-1, self.head_dim)) for y in (k, v, q))
+        q = rotate(self.q_norm(q), rows(cos, select), rows(sin, select))
+        return q, rotate(self.k_norm(k), cos, sin), v
 
 
 def rows(x, select):
@@ -247,7 +280,7 @@ def rows(x, select):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, keeping only gate and up for the backward pass (autograd would keep silu(gate) too)."""
+    """silu(gate) * up. Keeps gate and up alone for the backward pass (autograd would keep silu(gate) too)."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -272,19 +305,19 @@ class MLP(nn.Module):
             return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
         if x.is_cuda or len(x) > FEW_ROWS:
             return self.down_proj(F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x)))
-        gate, up = self.gate_proj.weight @ x.T, self.up_proj.weight @ x.T
-        return (self.down_proj.weight @ F.silu(gate, inplace=True).mul_(up)).T
+        gate = F.silu(self.gate_proj.weight @ x.T, inplace=True)
+        return (self.down_proj.weight @ gate.mul_(self.up_proj.weight @ x.T)).T
 
 
 class Layer(nn.Module):
     def __init__(self, s, index):
         super().__init__()
         self.index = index
-        self.input_layernorm = RMSNorm(s.hidden, s.eps)
+        self.input_layernorm = nn.RMSNorm(s.hidden, s.eps)
         self.self_attn = Attention(s)
-        self.post_attention_layernorm = RMSNorm(s.hidden, s.eps)
+        self.post_attention_layernorm = nn.RMSNorm(s.hidden, s.eps)
         self.mlp = MLP(s)
-        self.checkpointed = False  # activation checkpointing: keep the layer's input alone, compute the rest again
+        self.checkpointed = False  # activation checkpointing: keep only the input, compute the rest again
 
     def forward(self, *args):
         if self.checkpointed and torch.is_grad_enabled():
@@ -292,7 +325,9 @@ class Layer(nn.Module):
         return self.compute(*args)
 
     def compute(self, x, cos, sin, attend, select):
-        return self.after(rows(x, select), attend(self.index, *self.before(x, cos, sin, select)))
+        residual = rows(x, select)
+        out = attend(self.index, *self.before(x, cos, sin, select))  # q, k, v go before the MLP needs memory
+        return self.after(residual, out)
 
     def before(self, x, cos, sin, select):  # before and after: what torch.compile is given
         return self.self_attn(self.input_layernorm(x), cos, sin, select)
@@ -309,26 +344,29 @@ class Decoder(nn.Module):
         self.model = nn.Module()  # Hugging Face's name for everything but the head
         self.model.embed_tokens = nn.Embedding(shape.vocab, shape.hidden)
         self.model.layers = nn.ModuleList(Layer(shape, i) for i in range(shape.layers))
-        self.model.norm = RMSNorm(shape.hidden, shape.eps)
+        self.model.norm = nn.RMSNorm(shape.hidden, shape.eps)
         if not shape.tied:
             self.lm_head = nn.Linear(shape.hidden, shape.vocab, bias=False)
 
     def forward(self, tokens, positions, attend, select=None, head=F.linear):
-        """tokens, positions [N]; select [M] packed rows whose next token is asked for (None: all) -> logits [M, V], or what
-        head(hidden [M, H], weight [V, H]) makes of them. In the last layer `attend` gets the queries of `select` alone."""
+        """Logits [M, V] of packed tokens [N] at their positions [N].
+
+        select [M]: packed rows whose next token is asked for (None: all). In the last layer `attend` gets the
+        queries of these rows alone. head(hidden [M, H], weight [V, H]) may make something else than logits.
+        """
         x = self.model.embed_tokens(tokens)  # [N, H]
         cos, sin = rope_angles(self.shape, positions, x.dtype)
         for layer in self.model.layers:
             # While the weights are gathered for sampling, FSDP's hooks around each layer have nothing to do.
-            last = select if layer is self.model.layers[-1] else None
-            x = (layer.forward if self.gathered else layer)(x, cos, sin, attend, last)
+            call = layer.forward if self.gathered else layer
+            x = call(x, cos, sin, attend, select if layer is self.model.layers[-1] else None)
         x = self.model.norm(x)  # [M, H]
         return head(x, (self.model.embed_tokens if self.shape.tied else self.lm_head).weight)
 
 
 @contextlib.contextmanager
 def gathered(model):
-    """Whole weights on every rank while the block runs (a rollout phase); the sampler reads them in place."""
+    """Whole weights on every rank while the block runs (a rollout phase). The sampler reads them in place."""
     shards = [m for m in model.modules() if hasattr(m, "unshard")]
     for m in shards:
         m.unshard()
@@ -342,10 +380,10 @@ def gathered(model):
             m.reshard()
 
 
-# ------------------------------------------------------------------------------------------------ folders in and out
+# ------------------------------------------------------------------------------------- folders in and out
 
 def resolve(path, files=("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")):
-    """A local folder as it is; anything else is a hub id, whose files huggingface_hub downloads."""
+    """A local folder -> its Path. Anything else is a hub id: huggingface_hub downloads its files."""
     path = os.path.expanduser(path)
     if Path(path).is_dir():
         return Path(path)
@@ -354,10 +392,10 @@ def resolve(path, files=("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(path, allow_patterns=list(files)))
-    except Exception as error:  # the hub's many errors (offline, unknown id, no access) all leave the user without weights
+    except Exception as error:  # the hub's many errors (offline, unknown id, no access) all mean: no weights
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"model.path: {path!r} is neither a local folder nor a hub id that could be downloaded "
-                         f"({reason})") from None
+        raise InputError(f"model.path: {path!r} is neither a local folder nor a hub id that could be "
+                         f"downloaded ({reason})")
 
 
 def local_rows(rows, rank, world):
@@ -370,6 +408,11 @@ def local_rows(rows, rank, world):
     return min(rank * size, rows), min((rank + 1) * size, rows)
 
 
+def local(p):
+    """This rank's rows of a parameter."""
+    return p.to_local() if isinstance(p, DTensor) else p
+
+
 def shard_rows(p):
     """Rows [first, last) of the whole tensor that this parameter holds here."""
     if not isinstance(p, DTensor):
@@ -377,35 +420,40 @@ def shard_rows(p):
     return local_rows(p.shape[0], p.device_mesh.get_local_rank(), p.device_mesh.size())
 
 
-def load_weights(model, folder):
-    """Fill the parameters from safetensors (one file or shards with an index), each rank reading only its own rows."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    file, where = index, {}  # parameter name -> the open file that holds it
+def open_weights(folder):
+    """-> {parameter name: the open safetensors file that holds it}, from one file or shards with an index."""
+    file = index = folder / "model.safetensors.index.json"
+    where = {}
     try:
-        shards = {"model.safetensors"}
-        if index.is_file():
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        shards = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
         for name in sorted(shards):
             file = folder / name
             opened = safe_open(file, "pt")
             where |= dict.fromkeys(opened.keys(), opened)
     except Exception as error:  # safetensors raises its own kinds for torn or missing files
-        raise InputError(f"model.path: {file} holds no readable safetensors weights ({error})") from None
+        raise InputError(f"model.path: {file} holds no readable safetensors weights ({error})")
+    return where
+
+
+def load_weights(model, folder):
+    """Fill the parameters from a folder's safetensors. Each rank reads only its own rows."""
+    folder = Path(folder)
+    where = open_weights(folder)
     params = dict(model.named_parameters())
-    missing, extra = sorted(set(params) - set(where)), sorted(set(where) - set(params) - {"lm_head.weight"})
-    extra = [n for n in extra if not n.endswith("rotary_emb.inv_freq")]
+    missing = sorted(set(params) - set(where))
+    unknown = set(where) - set(params) - {"lm_head.weight"}
+    extra = sorted(n for n in unknown if not n.endswith("rotary_emb.inv_freq"))
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which the architecture does not have"
         raise InputError(f"{folder}: the checkpoint {what}: config.json and weights do not belong together")
     for name, p in params.items():
         stored = where[name].get_slice(name)
-        if list(stored.get_shape()) != list(p.shape):
-            raise InputError(f"{folder}: {name} has shape {list(stored.get_shape())}, config.json asks for {list(p.shape)}")
+        shape, wanted = list(stored.get_shape()), list(p.shape)
+        if shape != wanted:
+            raise InputError(f"{folder}: {name} has shape {shape}, config.json asks for {wanted}")
         first, last = shard_rows(p)
-        local = p.to_local() if isinstance(p, DTensor) else p
         if last > first:
-            local.data.copy_(stored[first:last])
+            local(p).data.copy_(stored[first:last])
     return model
 
 
@@ -414,47 +462,57 @@ def load(path, device, dtype):
     folder = resolve(path)
     with torch.device("meta"):
         model = Decoder(read_shape(folder))
-    return load_weights(model.to(dtype).to_empty(device=device).requires_grad_(False), folder)
+    model = model.to(dtype).to_empty(device=device)
+    return load_weights(model.requires_grad_(False), folder)
+
+
+def in_files(params, itemsize, max_bytes):
+    """Share named parameters out over files of at most max_bytes. -> {file name: [(name, parameter)]}"""
+    groups, size = [[]], 0
+    for name, p in params:
+        more = p.numel() * itemsize
+        if groups[-1] and size + more > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append((name, p))
+        size += more
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
 def export(model, base, out, max_bytes=4 << 30):
-    """Write the model as a Hugging Face folder: weights in the base checkpoint's type, its config and tokenizer files.
+    """Write the model as a Hugging Face folder, with the base checkpoint's type, config and tokenizer files.
 
-    Collective under FSDP: one parameter at a time is gathered, rank 0 writes. The folder appears whole or not at all.
+    Collective under FSDP: one parameter at a time is gathered, rank 0 writes. The folder appears whole or not
+    at all.
     """
     base, out = resolve(base), Path(out)
     main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = read_json(base / "config.json")
     dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
-    params = list(model.named_parameters())
-    files, size = [[]], 0
-    for name, p in params:
-        if files[-1] and size + p.numel() * dtype.itemsize > max_bytes:
-            files.append([])
-            size = 0
-        files[-1].append((name, p))
-        size += p.numel() * dtype.itemsize
+    files = in_files(model.named_parameters(), dtype.itemsize, max_bytes)
     aside = out.with_name(out.name + ".tmp")
     if main:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         for f in base.iterdir():
-            if f.is_file() and not f.name.startswith((".", "model")) and f.suffix in (".json", ".txt", ".jinja", ".model"):
+            wanted = f.suffix in (".json", ".txt", ".jinja", ".model")
+            if wanted and f.is_file() and not f.name.startswith((".", "model")):
                 shutil.copyfile(f, aside / f.name)
-    weight_map = {}
-    for i, group in enumerate(files, 1):
-        file = "model.safetensors" if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors"
+    for file, group in files.items():
         tensors = {}
         for name, p in group:
             whole = p.full_tensor() if isinstance(p, DTensor) else p
             if main:
                 tensors[name] = whole.detach().to("cpu", dtype).contiguous()
-            weight_map[name] = file
         if main:
             save_file(tensors, aside / file, metadata={"format": "pt"})
     if main:
         if len(files) > 1:
-            total = sum(p.numel() for _, p in params) * dtype.itemsize
-            write_json(aside / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+            total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+            where = {name: file for file, group in files.items() for name, _ in group}
+            write_json(aside / "model.safetensors.index.json",
+                       {"metadata": {"total_size": total}, "weight_map": where})
         shutil.rmtree(out, ignore_errors=True)
         os.replace(aside, out)

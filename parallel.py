@@ -8,25 +8,26 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import model as decoder
-from data import InputError
+from records import InputError
 
 
 def start():
-    """Join torchrun's process group (NCCL on CUDA, gloo on CPU), or make one of a single rank. -> (rank, world, device)."""
+    """Join torchrun's process group (NCCL on CUDA, gloo on CPU), or make one of a single rank.
+
+    -> (rank, world, device). InputError: this process has no GPU of its own.
+    """
     cuda = torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
-        if local >= torch.cuda.device_count():
-            raise InputError(f"process {local} of this node has no GPU of its own ({torch.cuda.device_count()} present): lower "
-                             f"--nproc_per_node, or set CUDA_VISIBLE_DEVICES= to run on the CPU")
+        present = torch.cuda.device_count()
+        if local >= present:
+            raise InputError(f"process {local} of this node has no GPU of its own ({present} present): lower "
+                             "--nproc_per_node, or set CUDA_VISIBLE_DEVICES= to run on the CPU")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -34,22 +35,23 @@ def stop():
     """Leave the process group (NCCL warns at exit where a process did not)."""
     several = dist.get_world_size() > 1
     dist.destroy_process_group()
-    if several:  # gloo's thread needs the interpreter's lock to drop its last tensors; asking during the shutdown aborts the process
-        time.sleep(0.5)
+    if several:  # gloo's thread asks for the interpreter's lock to drop its last tensors, and asking for it
+        time.sleep(0.5)  # during the shutdown aborts the process
 
 
 def compute_dtype(name, device):
-    """config's model.dtype -> torch dtype."""
+    """model.dtype of the config -> torch dtype."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
 
 
 def load_sharded(path, device, dtype, trainable=True):
-    """A checkpoint straight into FSDP2 shards: each rank reads only its own rows, no rank ever holds the whole model.
+    """A checkpoint straight into FSDP2 shards: each rank reads only its own rows, none holds the whole model.
 
-    Trainable: master weights of at least float32, computing in `dtype`; gradients are SUMMED over ranks (the losses carry
-    global denominators, so FSDP's own averaging is undone). Not trainable (a KL reference): weights in `dtype`.
+    Trainable: master weights of at least float32, computing in `dtype`. Gradients are SUMMED over ranks: the
+    losses carry global denominators, so FSDP's own averaging is undone. Not trainable (a KL reference):
+    weights in `dtype`.
     """
     folder = decoder.resolve(path)
     with torch.device("meta"):
@@ -58,8 +60,9 @@ def load_sharded(path, device, dtype, trainable=True):
     model = model.to(master).requires_grad_(trainable)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=master, cast_forward_inputs=False)
-    for module in [*model.model.layers, model]:  # without a backward even the root can be let go after the forward
-        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=None if trainable else True)
+    reshard = None if trainable else True  # True: without a backward pass even the root can be let go
+    for module in [*model.model.layers, model]:
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=device)
@@ -73,8 +76,8 @@ def all_gather(obj):
     return out
 
 
-def all_sum(values, device):
-    """Sum a list of numbers over ranks, in float64."""
-    t = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(t)
-    return t.tolist()
+def all_gather_numbers(numbers):
+    """A tensor of K numbers -> every rank's numbers as a list of lists [ranks][K], in rank order."""
+    out = [torch.empty_like(numbers) for _ in range(dist.get_world_size())]
+    dist.all_gather(out, numbers)
+    return torch.stack(out).tolist()

@@ -1,36 +1,31 @@
 """Direct preference optimisation (arXiv 2305.18290), the DPO baseline of Table 1 of arXiv 2510.25441.
 
-    python pairs.py configs/table1/7b/dpo.yaml                                 # builds the pairs; look at them
+    python pairs.py configs/table1/7b/dpo.yaml      # builds the pairs; look at them
     torchrun --nproc_per_node=8 train_dpo.py configs/table1/7b/dpo.yaml [key=value ...]
 
-The chosen answer is the expert's (or <stop />), the rejected one irrelevant. A pair shares its prompt as one prefix. The
-base model's log-probs of all answers are computed once, before the first step, and kept in run_dir/reference.safetensors.
-Unlike the reference release, whose sums run over a whole micro-batch (right only for one pair at a time), every pair has
-sums of its own.
+The chosen response is the expert's (or <stop />), the rejected one irrelevant. A pair shares its prompt as
+one prefix. The base model's log-probs of all responses are computed once, before the first step, and kept
+in run_dir/reference.json. Unlike the reference release, whose sums run over a whole micro-batch
+(right only for one pair at a time), every pair has sums of its own.
 """
 import gc
-import hashlib
 import sys
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import config
-import hindsight
 import pack
 import parallel
-import training
-from data import InputError, check_messages, cli, encode_prompts, identity, load_prompt, load_turns, read_jsonl
+import run as running
 from pairs import same_made
+from prompts import encode_prompts, load_prompt, load_turns
+from records import InputError, Pair, cli, identity, read_json, read_records, write_json
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
-    """Summed log-probs of the answers [n] under policy and reference -> per-pair loss [n] and implicit rewards [n], [n].
+    """Summed log-probs of n pairs under policy and reference -> loss [n], implicit rewards [n], [n].
 
     -log sigmoid(beta ((chosen - ref_chosen) - (rejected - ref_rejected))), equation 7 of arXiv 2305.18290.
 
@@ -42,77 +37,80 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     return -F.logsigmoid(chosen_reward - rejected_reward), chosen_reward, rejected_reward
 
 
-def pair_logprobs(model, packed):
-    """Summed log-probs of a micro-batch of pairs -> [n, 2]: chosen, rejected."""
-    logp, _ = pack.logprobs(model, packed)  # [M]
-    return logp.new_zeros(int(packed.seq[-1]) + 1).index_add(0, packed.seq, logp).view(-1, 2)
+def pair_sums(logp, batch):
+    """Log-probs of a micro-batch of pairs [M] -> their sums over each response [n, 2]: chosen, rejected."""
+    return logp.new_zeros(len(batch.names)).index_add(0, batch.seq, logp).view(-1, 2)
 
 
-def train_step(run, trees, reference):
-    """One optimizer step on these pairs (the same list on every rank); reference: {pair: (chosen, rejected)} log-probs."""
-    t, sums = run.cfg.train, torch.zeros(5, dtype=torch.float64, device=run.device)
-    run.optimizer.zero_grad(set_to_none=True)
-    for part in pack.balance(trees, run.world, t.tokens_per_microbatch)[run.rank]:
-        packed = pack.pack(part, run.device)
-        if not part:  # a dummy keeps FSDP's collectives paired
-            (pack.logprobs(run.model, packed)[0].sum() * 0.0).backward()
+def train_step(model, optimizer, batches, reference, pairs, t):
+    """One optimizer step on this rank's micro-batches of pairs -> {name: number}: means over the pairs.
+
+    reference: {pair: (chosen, rejected)} log-probs; pairs: how many all ranks have; t: the train config.
+    """
+    names = ["loss", "chosen_reward", "rejected_reward", "accuracy", "chosen_logp"]
+    sums = running.zeros(model, names)
+    optimizer.zero_grad()
+    for batch in batches:
+        logp, _ = pack.logprobs(model, batch)  # [M]
+        if not batch.names:  # a dummy keeps FSDP's collectives paired
+            (logp.sum() * 0.0).backward()
             continue
-        logp = pair_logprobs(run.model, packed)  # [n, 2]
-        ref = logp.new_tensor([reference[pair] for pair, which in packed.index if which == 0])
+        logp = pair_sums(logp, batch)  # [n, 2]
+        ref = logp.new_tensor([reference[pair] for pair, _ in batch.names[::2]])
         loss, chosen, rejected = dpo_loss(*logp.unbind(1), *ref.unbind(1), t.dpo_beta)
-        (loss.sum() / len(trees)).backward()
+        (loss.sum() / pairs).backward()
         with torch.no_grad():
-            sums += torch.stack([loss.sum(), chosen.sum(), rejected.sum(), (chosen > rejected).sum(), logp[:, 0].sum()])
-    figures = training.optimizer_step(run)
-    loss, chosen, rejected, right, logp = (x / len(trees) for x in parallel.all_sum(sums.tolist(), run.device))
-    return {"loss": loss, "chosen_reward": chosen, "rejected_reward": rejected, "margin": chosen - rejected, "accuracy": right,
-            "chosen_logp": logp, "trained_tokens": sum(len(a) for tree in trees for a in tree.answers), **figures}
+            for name, value in zip(names, (loss, chosen, rejected, chosen > rejected, logp[:, 0])):
+                sums[name] += value.sum()
+    out = running.optimizer_step(model, optimizer, t.grad_clip, sums)
+    out |= {name: out[name] / pairs for name in names}
+    return out | {"margin": out["chosen_reward"] - out["rejected_reward"]}
 
 
 def reference_logprobs(run, trees, inputs):
-    """Log-probs of all pairs under the base model -> {pair: (chosen, rejected)}; read from run_dir where they were computed
-    before from the same `inputs`."""
-    path = Path(run.cfg.run_dir) / "reference.safetensors"
-    if path.is_file():
-        with safe_open(path, "pt") as f:
-            if f.metadata()["inputs"] == inputs:
-                return dict(zip(f.get_tensor("pairs").tolist(), f.get_tensor("logprobs").tolist()))
-    model, found = parallel.load_sharded(run.folder, run.device, run.dtype, trainable=False), {}
-    budget, at_once = run.cfg.train.tokens_per_microbatch, 64 * run.world
-    with torch.no_grad(), tqdm(total=len(trees), desc="reference log-probs", unit=" pairs", disable=run.rank > 0) as bar:
+    """Log-probs of all pairs under the base model -> {pair: (chosen, rejected)}.
+
+    They are read from run_dir/reference.json where they were computed before from the same inputs (any JSON).
+    """
+    path = run.dir / "reference.json"
+    kept = read_json(path) if path.is_file() else {}
+    if kept.get("inputs") == inputs:
+        return dict(kept["logprobs"])
+    found = {}
+    for share in parallel.all_gather(compute_reference(run, trees)):
+        found |= share
+    if run.rank == 0:
+        write_json(path, {"inputs": inputs, "logprobs": list(found.items())})
+    return found
+
+
+def compute_reference(run, trees):
+    """The same for this rank's share of the pairs (collective)."""
+    model, found = running.base_model(run), {}
+    at_once = 64 * run.world
+    bar = tqdm(total=len(trees), desc="reference log-probs", unit=" pairs", disable=run.rank > 0)
+    with torch.no_grad(), bar:
         for first in range(0, len(trees), at_once):
-            for part in pack.balance(trees[first:first + at_once], run.world, budget)[run.rank]:
-                packed = pack.pack(part, run.device)
-                if not part:
-                    pack.logprobs(model, packed)
-                    continue
-                found.update(zip([tree.index[0][0] for tree in part], pair_logprobs(model, packed).tolist()))
-            bar.update(len(trees[first:first + at_once]))
+            some = trees[first:first + at_once]
+            for batch in running.pack_mine(run, some):
+                logp, _ = pack.logprobs(model, batch)
+                if batch.names:
+                    found.update(zip([pair for pair, _ in batch.names[::2]], pair_sums(logp, batch).tolist()))
+            bar.update(len(some))
     del model
     gc.collect()  # FSDP's modules refer to each other: without this the shards would stay beside the policy's
-    found = {pair: values for share in parallel.all_gather(found) for pair, values in share.items()}
-    if run.rank == 0:
-        tensors = {"pairs": torch.tensor(list(found)), "logprobs": torch.tensor(list(found.values()), dtype=torch.float64)}
-        aside = path.with_suffix(".tmp")
-        save_file(tensors, aside, metadata={"inputs": inputs})
-        aside.replace(path)
     return found
 
 
 def load_pairs(path, turns):
-    """Read pairs.jsonl, checked against the turns it must have been built from."""
+    """Read pairs.jsonl and check it against the turns from which it must have been built."""
     if not path.is_file():
         raise InputError(f"{path} does not exist: run pairs.py with this config first")
-    by_id, pairs = {t["turn_id"]: t for t in turns}, []
-    for n, pair in read_jsonl(path):
-        bad = check_messages(pair.get("context"))
-        for name in ("turn_id", "chosen", "rejected"):
-            if not isinstance(pair.get(name), str) or not pair[name].strip():
-                bad = bad or f"{name!r} is missing, empty or not a text"
-        if not bad and by_id.get(pair["turn_id"], {}).get("context") != pair["context"]:
-            bad = f"turn {pair['turn_id']!r} is not among this run's training turns: build the pairs again with pairs.py"
-        if bad:
-            raise InputError(f"{path}:{n}: {bad}")
+    contexts, pairs = {turn.turn_id: turn.context for turn in turns}, []
+    for n, pair in read_records(path, Pair):
+        if contexts.get(pair.turn_id) != pair.context:
+            raise InputError(f"{path}:{n}: turn {pair.turn_id!r} is not among this run's training turns: "
+                             "build the pairs again with pairs.py")
         pairs.append(pair)
     if not pairs:
         raise InputError(f"{path} holds no pairs: run pairs.py with this config again")
@@ -120,25 +118,20 @@ def load_pairs(path, turns):
 
 
 def main():
-    cfg = config.load(sys.argv[1:], __doc__, may_plan=True)
-    run = training.start(cfg, "train_dpo.py")
-    path = Path(cfg.run_dir) / "pairs.jsonl"
+    run = running.start(sys.argv[1:], __doc__, "train_dpo.py")
+    cfg, path = run.cfg, run.dir / "pairs.jsonl"
     if path.is_file() and not same_made(cfg):
         raise InputError(f"{path} was made with other settings than this config's: run pairs.py again")
-    pairs, prompts = encode_prompts(run.tokenizer, load_prompt(cfg.data.prompt),
-                                    load_pairs(path, load_turns(hindsight.turns_file(cfg, "train"))),
-                                    cfg.rollout.max_prompt_tokens, cfg.data.long_prompts)
-    trees = training.encode_trees(run, prompts, [[pair["chosen"], pair["rejected"]] for pair in pairs])
-    training.load(run, len(trees), [path, cfg.data.prompt])
-    made_of = f"{identity(run.folder)} {run.dtype} {cfg.rollout.max_prompt_tokens} {cfg.rollout.max_new_tokens} {run.inputs}"
-    reference = reference_logprobs(run, trees, hashlib.sha256(made_of.encode()).hexdigest())
-    while run.step < run.total:
-        began, at = time.perf_counter(), run.positions()
-        training.set_lr(run)
-        indices = training.stream(len(trees), at.start, at.stop, cfg.seed)
-        figures = train_step(run, [trees[i] for i in indices], reference)
-        training.end_step(run, {**figures, "train_s": time.perf_counter() - began})
-    training.finish(run)
+    pairs = load_pairs(path, load_turns(cfg, "train"))
+    prompts = encode_prompts(run.policy.tokenizer, load_prompt(cfg.data.prompt), pairs, cfg)
+    trees = running.encode_trees(run, prompts, [[p.turn.chosen, p.turn.rejected] for p in prompts])
+    running.load(run, len(trees), [path, cfg.data.prompt])
+    inputs = [config.made_with(cfg, "reference"), str(run.dtype), identity(run.folder), run.inputs]
+    reference = reference_logprobs(run, trees, inputs)
+    for step, tokens, batches in running.steps(run, trees):
+        figures = train_step(run.model, run.optimizer, batches, reference, len(step), cfg.train)
+        running.end_step(run, figures | {"trained_tokens": tokens})
+    running.finish(run)
 
 
 if __name__ == "__main__":

@@ -1,68 +1,45 @@
 """Policy optimisation of Learn-to-Ask (arXiv 2510.25441): GRPO, CISPO and GSPO on hindsight turns.
 
-    torchrun --nproc_per_node=8 train_grpo.py configs/table1/7b/grpo.yaml [key=value ...]   (python train_grpo.py: one process)
+    torchrun --nproc_per_node=8 train_grpo.py configs/table1/7b/grpo.yaml [key=value ...]
+    python train_grpo.py ...      (one process)
 
-Each phase samples G answers to the prompts of the next `steps_per_sync` steps from the current weights, grades them
-against the turns' (I*, s*), and takes one optimizer step on each step's prompts. With steps_per_sync > 1 the later steps
-are off-policy, which is where the three losses part; with steps_per_sync = 1 the ratio is exactly 1, no clip ever acts,
-and they differ by aggregation alone. The reference release syncs every 10 steps, and so do the Table 1 presets.
+Each phase samples G responses to the prompts of the next `steps_per_sync` steps from the current weights,
+grades them against the turns' (I*, s*), and takes one optimizer step on each step's prompts. With
+steps_per_sync > 1 the later steps are off-policy, and there the three losses differ. With steps_per_sync =
+1 the ratio is exactly 1, no clip ever acts, and they differ by aggregation alone. The reference release
+syncs every 10 steps, and so do the Table 1 presets.
 
-To change the loss, change the function; to add one, write name_loss beside the others and set train.loss: name.
-Departures: old log-probs are the sampler's own (no second pass); groups whose advantages are all zero are not computed
-where nothing else (KL, entropy) needs them, but their tokens still count in the denominator.
+To change the loss, change the function. To add one, write it beside the others and name it in LOSSES.
+Departures: old log-probs are the sampler's own (no second pass); groups whose advantages are all zero are not
+computed where nothing else (KL, entropy) needs them, but their tokens still count in the denominator.
 
-Letters: B groups, G samples, M answer tokens of a micro-batch, S its answers, V vocabulary.
+Letters: B groups, G samples, M response tokens of a micro-batch, S its responses, V vocabulary.
 """
-import math
 import sys
-import time
-from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-import config
-import eval as evaluation
+import grading
 import llm
+import metrics
 import pack
-import parallel
-import rollout
-import training
-from data import InputError, cli
+import run as running
+from config import Stream
+from prompts import turns_file
+from records import InputError, cli
+from reward import advantages
 
-
-# ----------------------------------------------------------------------------------------------- advantages and losses
-
-def advantages(rewards, mode="std"):
-    """Group-relative advantages. rewards [B, G], NaN where grading failed -> [B, G].
-
-    (R - mean) / (std + 1e-6) within the group, sample std (DeepSeekMath, arXiv 2402.03300); mode "mean": centred only
-    (Dr.GRPO, arXiv 2503.20783). A failed grading gets 0 and stays out of its group's mean and std; a group with fewer
-    than two valid rewards gets 0 throughout.
-
-    >>> advantages(torch.tensor([[1.0, 3.0, float("nan")], [2.0, 2.0, 2.0]]), "mean")
-    tensor([[-1.,  1.,  0.],
-            [ 0.,  0.,  0.]])
-    """
-    valid = ~rewards.isnan()  # [B, G]
-    n = valid.sum(1, keepdim=True)
-    mean = rewards.nansum(1, keepdim=True) / n.clamp(min=1)
-    centred = torch.where(valid, rewards - mean, 0.0)
-    if mode == "std":
-        std = (centred.pow(2).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
-        centred = centred / (std + 1e-6)
-    low, high = rewards.nan_to_num(torch.inf).amin(1, keepdim=True), rewards.nan_to_num(-torch.inf).amax(1, keepdim=True)
-    return torch.where(low < high, centred, 0.0)  # equal rewards teach nothing: exactly 0, not the mean's rounding error
-
+# ------------------------------------------------------------------------------------------------- the losses
 
 def ratio(logp, old):
     """pi / pi_old; the log-ratio is clamped before exp so that it cannot overflow."""
     return (logp - old).clamp(-20.0, 20.0).exp()
 
 
-# A loss takes logp, old, adv [M] (one advantage per answer, repeated over its tokens), seq [M] (which answer each token
-# belongs to) and the train config; it returns the per-token loss [M] and per-token figures to log [M].
+# A loss takes logp, old, adv [M] (one advantage per response, repeated over its tokens), seq [M] (the
+# response to which each token belongs) and the train config. It returns the per-token loss [M] and
+# per-token figures [M]: "ratio" and "clip_share" are logged; train_step names what else is.
 
 def clipped_surrogate(r, adv, t):
     """-min(r A, clip(r, 1 - low, 1 + high) A), and where the clip took the gradient away."""
@@ -71,7 +48,10 @@ def clipped_surrogate(r, adv, t):
 
 
 def grpo_loss(logp, old, adv, seq, t):
-    """-min(r A, clip(r, 1 - low, 1 + high) A), optionally bounded by c A where A < 0 (dual clip, arXiv 1912.09729)."""
+    """-min(r A, clip(r, 1 - low, 1 + high) A).
+
+    Where A < 0, it is optionally bounded by c A (dual clip, arXiv 1912.09729).
+    """
     r = ratio(logp, old)
     loss, clipped = clipped_surrogate(r, adv, t)
     if t.dual_clip:
@@ -81,7 +61,7 @@ def grpo_loss(logp, old, adv, seq, t):
 
 
 def cispo_loss(logp, old, adv, seq, t):
-    """-stopgrad(clip(r, floor, cap)) A log pi (MiniMax-M1, arXiv 2506.13585): every token keeps its gradient."""
+    """-stopgrad(clip(r, floor, cap)) A log pi (MiniMax-M1, arXiv 2506.13585). No token loses its gradient."""
     r = ratio(logp, old).detach()
     loss = -r.clamp(t.is_floor, t.is_cap) * adv * logp
     clipped = (r > t.is_cap) | (r < t.is_floor)
@@ -91,201 +71,191 @@ def cispo_loss(logp, old, adv, seq, t):
 
 
 def gspo_loss(logp, old, adv, seq, t):
-    """-min(s A, clip(s, 1 - low, 1 + high) A) with s = exp(mean over the answer of logp - old) (arXiv 2507.18071)."""
+    """-min(s A, clip(s, 1 - low, 1 + high) A) (arXiv 2507.18071).
+
+    s = exp(mean of logp - old over the response).
+    """
     s = ratio(sequence_mean(logp - old, seq), 0.0)[seq]
     loss, clipped = clipped_surrogate(s, adv, t)
     return loss, {"ratio": s, "clip_share": clipped}
 
 
-LOSSES = {name[:-5]: f for name, f in globals().items() if name.endswith("_loss")}  # train.loss: x is the function x_loss
+LOSSES = {"grpo": grpo_loss, "cispo": cispo_loss, "gspo": gspo_loss}  # by train.loss
 
 
 def kl_estimate(logp, ref, kind):
-    """KL(policy || reference) per token: k2 = (logp - ref)^2 / 2, whose gradient is the KL's; k3 = e^-d - 1 + d (GRPO's)."""
+    """KL(policy || reference) per token, d = logp - ref: k2 = d^2 / 2, whose gradient is that of the KL;
+    k3 = e^-d - 1 + d (DeepSeekMath)."""
     d = logp - ref
     return d.pow(2) / 2 if kind == "k2" else (-d).clamp(-20.0, 20.0).exp() - 1 + d
 
 
 def sequence_mean(x, seq):
-    """x [M], seq [M] -> mean over each answer's tokens [S] (every answer has at least one token)."""
+    """x [M], seq [M] -> mean over each response's tokens [S] (every response has at least one token)."""
     total = x.new_zeros(int(seq.max()) + 1).index_add(0, seq, x)
     return total / seq.bincount()
 
 
-def aggregate(loss, seq, mode, tokens, answers, length):
+def aggregate(loss, seq, mode, tokens, responses, length):
     """Per-token losses [M] -> this micro-batch's share of the step's loss.
 
-    tokens, answers: the GLOBAL counts of the optimizer step, over all micro-batches and ranks, so shares simply add up.
-    token: sum / tokens; sequence: sum of per-answer means / answers; constant: sum / (answers * length) (Dr.GRPO).
+    tokens, responses: the GLOBAL counts of the optimizer step, over all micro-batches and ranks, so that
+    shares add up. token: sum / tokens; sequence: sum of per-response means / responses; constant: sum /
+    (responses * length), Dr.GRPO's.
     """
     if mode == "token":
         return loss.sum() / tokens
     if mode == "sequence":
-        return sequence_mean(loss, seq).sum() / answers
-    return loss.sum() / (answers * length)
+        return sequence_mean(loss, seq).sum() / responses
+    return loss.sum() / (responses * length)
 
 
-# ------------------------------------------------------------------------------------------------- one optimizer step
-
-@dataclass
-class Group:
-    """One prompt of a step with its sampled answers and their rewards (NaN: grading failed)."""
-    prompt: list
-    answers: list  # rollout.Answer
-    rewards: list
-
+# ----------------------------------------------------------------------------------------- one optimizer step
 
 @dataclass
-class Batch:
-    """What a step trains on: packed micro-batches of this rank and what goes with each answer token."""
-    packed: list  # pack.Packed
-    old: list  # [M] each: log-probs the ratio is taken against
-    sampled: list  # [M] each: log-probs the sampler recorded
-    adv: list  # [M] each
-    tokens: int  # global denominators
-    answers: int
-    skipped: int  # groups not computed, their advantages all zero
-    groups: int
+class Step:
+    """What this rank trains on in one optimizer step."""
+    batches: list[pack.MicroBatch]
+    tokens: int  # global denominators: over all ranks, groups that are not computed included
+    responses: int
+    skipped: float  # share of groups that are not computed, their advantages all zero
 
 
-def prepare(groups, cfg, rank, world, device, dtype=torch.float32):
-    """Advantages, denominators, and this rank's share of the groups, packed. The same call on every rank."""
-    t, need_all = cfg.train, cfg.train.kl_coef > 0 or cfg.train.entropy_coef > 0
-    adv = advantages(torch.tensor([g.rewards for g in groups], dtype=torch.float64), t.advantage).tolist()
-    trees, tokens, answers, skipped = [], 0, 0, 0
+def prepare(groups, run):
+    """The groups of a step (the same on every rank) -> Step: advantages, denominators, this rank's share."""
+    cfg, t = run.cfg, run.cfg.train
+    need_all = t.kl_coef > 0 or t.entropy_coef > 0
+    trees, tokens, responses = [], 0, 0
     for b, group in enumerate(groups):
-        for a in group.answers:
-            if a.temperature != cfg.rollout.temperature or a.top_p != 1.0:
-                raise ValueError(f"answers sampled at temperature {a.temperature}, top_p {a.top_p} cannot be trained on: the "
-                                 f"loss scores temperature {cfg.rollout.temperature}, top_p 1")
-        valid = [g for g, r in enumerate(group.rewards) if not math.isnan(r)]
-        tokens += sum(len(group.answers[g].tokens) for g in valid)
-        answers += len(valid)
-        if valid and (need_all or any(adv[b][g] for g in valid)):
-            trees.append(pack.Tree(group.prompt, [group.answers[g].tokens for g in valid], [(b, g) for g in valid]))
-        else:
-            skipped += 1
+        refuse_other_distributions(group.responses, cfg.rollout.temperature)
+        adv = advantages([graded.reward for graded in group.graded], t.advantage)
+        branches = [pack.Branch(r.tokens, (b, g), r.logprobs, adv[g]) for g, r in enumerate(group.responses)
+                    if group.graded[g].reward is not None]
+        tokens += sum(len(branch.tokens) for branch in branches)
+        responses += len(branches)
+        if branches and (need_all or any(adv)):
+            trees.append(pack.Tree(group.prompt.tokens, branches))
     parts = [part for tree in trees for part in pack.split_tree(tree, t.tokens_per_microbatch)]
-    packed = [pack.pack(bin, device) for bin in pack.balance(parts, world, t.tokens_per_microbatch)[rank]]
-
-    def per_token(values):  # one list of values per answer, or one value per answer -> [M]
-        return [torch.tensor([v for b, g in p.index for v in values(b, g)] or [0.0], device=device, dtype=dtype) for p in packed]
-
-    sampled = per_token(lambda b, g: groups[b].answers[g].logprobs)
-    per_answer = per_token(lambda b, g: [adv[b][g]] * len(groups[b].answers[g].tokens))
-    return Batch(packed, list(sampled), sampled, per_answer, max(tokens, 1), max(answers, 1), skipped, len(groups))
+    return Step(list(running.pack_mine(run, parts)), max(tokens, 1), max(responses, 1),
+                (len(groups) - len(trees)) / len(groups))
 
 
-def train_step(run, reference, batch, on_policy):
-    """One optimizer step on this rank's micro-batches. -> dict of global figures (sums over all tokens of the step).
+def refuse_other_distributions(responses, temperature):
+    for r in responses:
+        if r.temperature != temperature or r.top_p != 1.0:
+            raise ValueError(f"responses sampled at temperature {r.temperature}, top_p {r.top_p} cannot be "
+                             f"trained on: the loss scores temperature {temperature}, top_p 1")
 
-    on_policy: no step was taken since the rollout; then old is the detached current log-prob where a sync brings a single
-    step (the ratio is exactly 1), and the sampler/trainer gap is measured.
-    """
-    model, cfg, t = run.model, run.cfg, run.cfg.train
-    sums, worst = defaultdict(float), 0.0
-    run.optimizer.zero_grad(set_to_none=True)
-    for packed, old, sampled, adv in zip(batch.packed, batch.old, batch.sampled, batch.adv):
-        logp, entropy = pack.logprobs(model, packed, cfg.rollout.temperature, entropy=t.entropy_coef > 0)
-        if not packed.index:  # a dummy keeps FSDP's collectives paired
-            if reference is not None:
-                with torch.no_grad():
-                    pack.logprobs(reference, packed, cfg.rollout.temperature)
-            (logp.sum() * 0.0).backward()
-            continue
-        if t.steps_per_sync == 1:
-            old = logp.detach()
-        loss, figures = LOSSES[t.loss](logp, old, adv, packed.seq, t)
-        if t.tis_cap:  # what the sampler drew from differs from what the trainer computes: importance weight, truncated
-            loss = loss * ratio(old, sampled).clamp(max=t.tis_cap)
+
+def batch_loss(logp, entropy, batch, ref, step, cfg):
+    """One micro-batch's share of the step's loss, and per-token figures. logp, entropy, ref (or None) [M]."""
+    t = cfg.train
+    old = logp.detach() if t.steps_per_sync == 1 else batch.old
+    loss, figures = LOSSES[t.loss](logp, old, batch.adv, batch.seq, t)
+    if t.tis_cap:  # the sampler's distribution differs from the trainer's: truncated importance weight
+        loss = loss * ratio(old, batch.sampled).clamp(max=t.tis_cap)
+    if ref is not None:
+        loss = loss + t.kl_coef * kl_estimate(logp, ref, t.kl)
+        figures["kl"] = logp - ref  # k1: unbiased as a figure, useless as a loss
+    if t.entropy_coef:
+        loss = loss - t.entropy_coef * entropy
+    length = cfg.rollout.max_new_tokens
+    return aggregate(loss, batch.seq, t.aggregation, step.tokens, step.responses, length), figures
+
+
+def train_step(model, optimizer, step, cfg, reference=None):
+    """One optimizer step on this rank's micro-batches -> {name: number}: means over all ranks' tokens."""
+    t, temperature = cfg.train, cfg.rollout.temperature
+    means = ["ratio", "clip_share", "entropy", "gap_mean"] + ["kl"] * (reference is not None)
+    sums = running.zeros(model, ["loss", *means, "trained_tokens", "gap_max"])
+    optimizer.zero_grad()
+    for batch in step.batches:
+        logp, entropy = pack.logprobs(model, batch, temperature, entropy=t.entropy_coef > 0)
+        ref = None
         if reference is not None:
             with torch.no_grad():
-                ref, _ = pack.logprobs(reference, packed, cfg.rollout.temperature)
-            loss = loss + t.kl_coef * kl_estimate(logp, ref, t.kl)
-            figures["kl"] = logp - ref  # k1: unbiased as a figure, useless as a loss
-        if t.entropy_coef:
-            loss = loss - t.entropy_coef * entropy
-        loss = aggregate(loss, packed.seq, t.aggregation, batch.tokens, batch.answers, cfg.rollout.max_new_tokens)
+                ref, _ = pack.logprobs(reference, batch, temperature)
+        if not batch.names:  # a dummy keeps FSDP's collectives paired
+            (logp.sum() * 0.0).backward()
+            continue
+        loss, figures = batch_loss(logp, entropy, batch, ref, step, cfg)
         loss.backward()
         with torch.no_grad():
-            gap = (logp - sampled).abs()
-            worst = max(worst, gap.max().item())
-            sums["loss"] += loss.item()
+            gap = (logp - batch.sampled).abs()
+            figures |= {"loss": loss, "entropy": entropy, "gap_mean": gap}
+            for name in figures.keys() & {"loss", *means}:
+                sums[name] += figures[name].sum()
             sums["trained_tokens"] += len(logp)
-            for name, value in {**figures, "entropy": entropy, "gap": gap}.items():
-                sums[name] += value.sum().item()
-
-    stepped = training.optimizer_step(run)
-    names = ["loss", "trained_tokens", "ratio", "clip_share", "entropy", "gap"] + ["kl"] * (reference is not None)
-    total = dict(zip(names, parallel.all_sum([sums[n] for n in names], run.device)))
-    n = total["trained_tokens"]
-    out = {k: v if k in ("loss", "trained_tokens") else v / n if n else None for k, v in total.items()}
-    gap = out.pop("gap")  # only before the first step after a rollout do both sides have the same weights
-    return {**out, "gap_mean": gap if on_policy else None, "gap_max": max(parallel.all_gather(worst)) if on_policy and n else None,
-            **stepped, "skipped_groups": batch.skipped / batch.groups}
+            sums["gap_max"] = torch.maximum(sums["gap_max"], gap.max())
+    out = running.optimizer_step(model, optimizer, t.grad_clip, sums, maxima=["gap_max"])
+    n = out["trained_tokens"]
+    out["gap_max"] = out["gap_max"] if n else None
+    return out | {name: out[name] / n if n else None for name in means}
 
 
-# ------------------------------------------------------------------------------------------------------------ the loop
+# --------------------------------------------------------------------------------------------------- the loop
 
-def rescore(model, batches, cfg):
-    """Old log-probs as the trainer computes them, at the weights the rollouts came from (for the importance weight)."""
+def rescore(model, step, cfg):
+    """Old log-probs as the trainer computes them, at the rollouts' weights (for the importance weight)."""
     with torch.no_grad():
-        for batch in batches:
-            batch.old = [pack.logprobs(model, p, cfg.rollout.temperature)[0] for p in batch.packed]
+        for batch in step.batches:
+            batch.old, _ = pack.logprobs(model, batch, cfg.rollout.temperature)
     model.reshard()  # FSDP keeps the root gathered after a forward without a backward
 
 
-def figures_of(graded, groups):
+def figures_of(groups):
     """What a step's rollouts looked like: mean training reward, the seven metrics, lengths."""
-    flat = [g for records in graded for g in records]
-    answers = [a for g in groups for a in g.answers]
-    rewards = [g["reward"] for g in flat if g["reward"] is not None]
-    return {"reward": sum(rewards) / len(rewards) if rewards else None, **evaluation.metrics(flat),
-            "length": sum(len(a.tokens) for a in answers) / len(answers),
-            "cut_off": sum(a.finish == "length" for a in answers) / len(answers)}
+    graded = [rollout for group in groups for rollout in group.graded]
+    responses = [response for group in groups for response in group.responses]
+    rewards = [rollout.reward for rollout in graded if rollout.reward is not None]
+    return {"reward": sum(rewards) / len(rewards) if rewards else None, **metrics.metrics(graded),
+            "length": sum(len(r.tokens) for r in responses) / len(responses),
+            "cut_off": sum(r.finish == "length" for r in responses) / len(responses)}
+
+
+def sample_and_grade(run, prompts, steps):
+    """The groups of the next steps, all from the same weights -> ([B] groups, figures of the phase)."""
+    keys = [(Stream.ROLLOUT, position) for position in run.positions(steps)]
+    asked = [prompts[i] for i in run.next_examples(steps)]
+    try:
+        groups, phase = grading.sample_graded(run.policy, run.judge, asked, keys,
+                                              grading.sampling_of(run.cfg))
+        running.check_failed(run, groups)
+    except llm.Unanswered:  # on all ranks
+        if run.step:
+            running.save(run)
+        raise
+    # Seconds and counts are shared out over the steps of the phase, quantiles are not.
+    return groups, {name: x if name.startswith("grade_p") else x / steps for name, x in phase.items()}
 
 
 def main():
-    cfg = config.load(sys.argv[1:], __doc__, may_plan=True)
-    t = cfg.train
-    run = training.start(cfg, "train_grpo.py")
+    run = running.start(sys.argv[1:], __doc__, "train_grpo.py")
+    cfg, t = run.cfg, run.cfg.train
     if t.loss not in LOSSES:
-        raise InputError(f"train.loss={t.loss}: train_grpo.py has no function {t.loss}_loss (it has {', '.join(LOSSES)}; sft and "
-                         f"dpo are train_sft.py's and train_dpo.py's)")
-    turns, prompts = training.training_turns(cfg, run.tokenizer)
-    sources = [Path(cfg.run_dir) / "turns" / "train.jsonl", training.policy_prompt(cfg), cfg.data.lexicon]
-    training.load(run, len(turns), [s for s in [*sources, run.grader and run.grader.prompt_file] if s])
-    reference = parallel.load_sharded(run.folder, run.device, run.dtype, trainable=False) if t.kl_coef else None
+        raise InputError(f"train.loss={t.loss}: LOSSES in train_grpo.py has {', '.join(LOSSES)} (sft and dpo "
+                         "belong to train_sft.py and train_dpo.py)")
+    prompts = running.training_prompts(cfg, run.policy.tokenizer)
+    running.load(run, len(prompts), [turns_file(cfg, "train"), running.policy_prompt(cfg), cfg.data.lexicon,
+                                     run.judge.grader and run.judge.grader.prompt_file])
+    reference = running.base_model(run) if t.kl_coef else None
     while run.step < run.total:
-        # Sample and grade the prompts of the next steps_per_sync steps, all from the same weights.
         steps = min(t.steps_per_sync, run.total - run.step)
-        positions = run.positions(steps)
-        indices = training.stream(len(turns), positions.start, positions.stop, cfg.seed)
-        try:
-            answers, graded, phase = rollout.sample_graded(
-                run.model, run.tokenizer, [turns[i] for i in indices], [prompts[i] for i in indices], [(0, p) for p in positions],
-                cfg, run.lex, run.ends, run.grader, samples=cfg.rollout.samples, temperature=cfg.rollout.temperature, leave=False)
-        except llm.Unanswered:  # on all ranks
-            if run.step:
-                training.save(run)
-            raise
-        training.check_failed(run, graded)
-        groups = [Group(prompts[i], a, [math.nan if g["reward"] is None else g["reward"] for g in records])
-                  for i, a, records in zip(indices, answers, graded)]
-        of_step = [slice(i * t.prompts_per_step, (i + 1) * t.prompts_per_step) for i in range(steps)]
-        batches = [prepare(groups[s], cfg, run.rank, run.world, run.device, torch.promote_types(run.dtype, torch.float32))
-                   for s in of_step]
+        groups, phase = sample_and_grade(run, prompts, steps)
+        parts = [groups[i * t.prompts_per_step:(i + 1) * t.prompts_per_step] for i in range(steps)]
+        todo = [prepare(part, run) for part in parts]  # advantages, packing
         if t.tis_cap and t.steps_per_sync > 1:
-            rescore(run.model, batches, cfg)
-
-        for i, (batch, s) in enumerate(zip(batches, of_step)):
-            began = time.perf_counter()
-            training.set_lr(run)
-            trained = train_step(run, reference, batch, i == 0)
-            shared = {k: v if k.startswith("grade_p") else v / steps for k, v in phase.items()}  # by the steps of the phase
-            training.end_step(run, {**figures_of(graded[s], groups[s]), **trained, **shared,
-                                    "train_s": time.perf_counter() - began}, boundary=i == steps - 1)
-    training.finish(run)
+            for step in todo:
+                rescore(run.model, step, cfg)
+        for i, (part, step) in enumerate(zip(parts, todo)):
+            sampled = figures_of(part)
+            running.begin_step(run)
+            trained = train_step(run.model, run.optimizer, step, cfg, reference)
+            if i:  # only before the first step after a rollout do sampler and trainer have the same weights
+                trained |= {"gap_mean": None, "gap_max": None}
+            record = {**sampled, **trained, "skipped_groups": step.skipped, **phase}
+            running.end_step(run, record, boundary=i == steps - 1)
+    running.finish(run)
 
 
 if __name__ == "__main__":

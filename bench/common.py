@@ -1,4 +1,4 @@
-"""What the benches share: a random checkpoint of a given shape, prompts, timed pairs, the machine's limits, the JSON line."""
+"""What the benches share: a random checkpoint, prompts, timed pairs, the machine's limits, the JSON line."""
 import argparse
 import atexit
 import datetime
@@ -6,59 +6,90 @@ import itertools
 import json
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
+
+OPTIONS = {  # name: (default, help)
+    "prompt": (600, "prompt tokens"),
+    "response": (48, "response tokens, all of them sampled"),
+    "groups": (16, "prompts"),
+    "samples": (5, "responses per prompt"),
+    "hidden": (256, "hidden size"),
+    "layers": (4, "layers"),
+    "vocab": (2048, "vocabulary"),
+    "pairs": (5, "interleaved runs of ours and the peer's"),
+}
 
 
 def arguments(doc, **extra):
-    """The options all speed benches take; extra: name -> (default, help)."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, (default, text) in {
-            "prompt": (600, "prompt tokens"), "response": (48, "answer tokens, all of them sampled"), "groups": (16, "prompts"),
-            "samples": (5, "answers per prompt"), "hidden": (256, "hidden size"), "layers": (4, "layers"),
-            "vocab": (2048, "vocabulary"), "pairs": (5, "interleaved runs of ours and the peer's"), **extra}.items():
-        p.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{text} ({default})")
-    p.add_argument("--model", help="a folder whose config.json gives the shape instead (weights are random all the same)")
-    return p.parse_args()
+    """The options that all speed benches take; extra: name -> (default, help)."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (default, text) in {**OPTIONS, **extra}.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default,
+                            help=f"{text} ({default})")
+    parser.add_argument("--model", help="a folder whose config.json gives the shape (weights stay random)")
+    return parser.parse_args()
+
+
+def setting():
+    """-> (device, dtype) that the benches run with: bfloat16 on CUDA, float32 on the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16
+    return torch.device("cpu"), torch.float32
+
+
+def byte_tokenizer():
+    """One token per byte; ids 0 and 1 are <pad> and <eos>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i + 2 for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<pad>", "<eos>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>",
+                                   chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
 
 
 def checkpoint(a):
     """Write a Qwen2 checkpoint with random weights and a byte-level tokenizer -> its folder."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM
     torch.manual_seed(0)
     if a.model:
         config = AutoConfig.from_pretrained(a.model)
-        a.hidden, a.layers, a.vocab = config.hidden_size, config.num_hidden_layers, config.vocab_size  # for the JSON line
+        a.hidden = config.hidden_size  # for the JSON line
+        a.layers = config.num_hidden_layers
+        a.vocab = config.vocab_size
     else:
-        config = AutoConfig.for_model("qwen2", vocab_size=a.vocab, hidden_size=a.hidden, intermediate_size=a.hidden * 15 // 4,
-                                      num_hidden_layers=a.layers, num_attention_heads=max(2, a.hidden // 64),
-                                      num_key_value_heads=max(1, a.hidden // 128), max_position_embeddings=8192,
-                                      tie_word_embeddings=True, eos_token_id=1, pad_token_id=0, bos_token_id=None)
-    folder, cuda = Path(tempfile.mkdtemp(prefix="bench_")), torch.cuda.is_available()
+        config = AutoConfig.for_model(
+            "qwen2", vocab_size=a.vocab, hidden_size=a.hidden, intermediate_size=a.hidden * 15 // 4,
+            num_hidden_layers=a.layers, num_attention_heads=max(2, a.hidden // 64),
+            num_key_value_heads=max(1, a.hidden // 128), max_position_embeddings=8192,
+            tie_word_embeddings=True, eos_token_id=1, pad_token_id=0, bos_token_id=None)
+    folder = Path(tempfile.mkdtemp(prefix="bench_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    with torch.device("cuda" if cuda else "cpu"):
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if cuda else torch.float32).save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i + 2 for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<pad>", "<eos>"])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>",
-                            chat_template="{% for m in messages %}{{ m.content }}{% endfor %}").save_pretrained(folder)
+    device, dtype = setting()
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 
-def random_prompts(a):
-    """Letters only, one token each, so that a peer that tokenises their text gets the same tokens."""
-    g = torch.Generator().manual_seed(1)
-    return torch.randint(66, 92, (a.groups, a.prompt), generator=g).tolist()  # "a" to "z"
+def random_letters(*shape, seed):
+    """Token ids of "a" to "z", one token a letter: a peer that tokenises text gets the same."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(66, 92, shape, generator=generator).tolist()
 
+
+def random_prompts(a):
+    return random_letters(a.groups, a.prompt, seed=1)
+
+
+# -------------------------------------------------------------------------------------------- time and memory
 
 def sync(device):
     if device.type == "cuda":
@@ -73,55 +104,75 @@ def timed(function, device):
     return time.perf_counter() - start
 
 
+def medians(seconds):
+    """[(our seconds, the peer's)] -> (our median, the peer's, the median of the pairs' ratios)."""
+    ours, peer = zip(*seconds)
+    ratio = statistics.median(p / o for o, p in seconds)
+    return statistics.median(ours), statistics.median(peer), ratio
+
+
 def pairs(ours, peer, n, device):
-    """One warm-up of each, then n pairs in turn -> (ours' seconds, the peer's seconds, median of the pairs' ratios)."""
-    ours(), peer()
-    seconds = [(timed(ours, device), timed(peer, device)) for _ in range(n)]
-    return (statistics.median(s for s, _ in seconds), statistics.median(s for _, s in seconds),
-            statistics.median(p / o for o, p in seconds))
+    """One warm-up of each, then n pairs in turn -> (our seconds, the peer's, median of the ratios)."""
+    ours()
+    peer()
+    return medians([(timed(ours, device), timed(peer, device)) for _ in range(n)])
 
 
 def peak_bytes(function, device):
-    """The most memory that tensors took at once while the function ran, above what they took before: on CUDA by the allocator, on the
-    CPU by the profiler's record of every allocation."""
+    """The most memory that tensors took at once while the function ran, above what they took before.
+
+    On CUDA the allocator says it, on the CPU the profiler's record of every allocation.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as record:
         function()
-    events = sorted((e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]")
-    return max(itertools.accumulate(size for _, size in events), default=0)
+    events = record.profiler.kineto_results.events()
+    sizes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(size for _, size in sizes), default=0)
 
 
 def limits(device, dtype):
-    """Measured here and now: copy bandwidth (bytes read and written per second) and matrix products (FLOP per second)."""
+    """Measured here and now -> (bytes per second that a copy reads and writes, FLOP per second)."""
     cuda = device.type == "cuda"
+    n, times = (8192, 20) if cuda else (1024, 1)
     x = torch.rand(2 ** 28 if cuda else 2 ** 25, device=device)
-    y, n, times = torch.empty_like(x), 8192 if cuda else 1024, 20 if cuda else 1
+    y = torch.empty_like(x)
     m = torch.randn(n, n, device=device, dtype=dtype)
-    y.copy_(x), m @ m
-    copy = min(timed(lambda: [y.copy_(x) for _ in range(times)], device) for _ in range(5)) / times
-    product = min(timed(lambda: [m @ m for _ in range(times)], device) for _ in range(5)) / times
-    return 2 * x.nbytes / copy, 2 * n ** 3 / product
+
+    def fastest(function):
+        function()
+        many = [timed(lambda: [function() for _ in range(times)], device) for _ in range(5)]
+        return min(many) / times
+
+    return 2 * x.nbytes / fastest(lambda: y.copy_(x)), 2 * n ** 3 / fastest(lambda: m @ m)
 
 
 def forward_flops(s, N, M):
-    """Matrix products of a pass over N tokens of which M are asked for, attention aside: 2 for each weight and token. s: model.Shape;
-    of the last layer only keys and values are computed for all tokens."""
-    kv, rest = 2 * s.hidden * s.kv_heads * s.head_dim, s.hidden * (2 * s.heads * s.head_dim + 3 * s.mlp)
+    """FLOP of the matrix products of a pass over N tokens of which M are asked for, without attention.
+
+    s: model.Shape. That is 2 for each weight and token; the last layer computes only keys and values for all.
+    """
+    kv = 2 * s.hidden * s.kv_heads * s.head_dim
+    rest = s.hidden * (2 * s.heads * s.head_dim + 3 * s.mlp)
     return 2 * ((s.layers - 1) * (kv + rest) * N + kv * N + rest * M + s.vocab * s.hidden * M)
 
 
-def finish(name, a, device, ours_s, peer_s, ratio, **figures):
-    """The last line: one JSON object, added to bench/results/ too."""
-    settings = {k: getattr(a, k) for k in ("prompt", "response", "groups", "samples", "hidden", "layers", "vocab", "model", "pairs")}
+def finish(name, a, device, times, **figures):
+    """The last line: one JSON object, added to bench/results/ too. times: what pairs() or medians() gave."""
+    ours_s, peer_s, ratio = times
+    keys = ("prompt", "response", "groups", "samples", "hidden", "layers", "vocab", "model", "pairs")
     gpu = {"gpu": torch.cuda.get_device_name()} if device.type == "cuda" else {}
-    line = json.dumps({"date": datetime.date.today().isoformat(), "bench": name, "device": device.type, **gpu, "threads": torch.get_num_threads(),
-                       "torch": torch.__version__, **settings, "ours_s": round(ours_s, 4), "peer_s": peer_s and round(peer_s, 4),
-                       "ratio": ratio and round(ratio, 3), **figures})
+    line = json.dumps({
+        "date": datetime.date.today().isoformat(), "bench": name, "device": device.type, **gpu,
+        "threads": torch.get_num_threads(), "torch": torch.__version__, **{k: getattr(a, k) for k in keys},
+        "ours_s": round(ours_s, 4), "peer_s": peer_s and round(peer_s, 4), "ratio": ratio and round(ratio, 3),
+        **figures})
     with open(Path(__file__).parent / "results" / f"{name}_{device.type}.jsonl", "a") as f:
         f.write(line + "\n")
     print(line)

@@ -1,10 +1,13 @@
-"""How fast hindsight.py works through a log with a language model behind a server, and how much memory it takes.
+"""How fast hindsight.py works through a log with a language model behind a server, and how much memory it
+takes.
 
-    python bench/hindsight.py [--sessions 20000] [--concurrency 64]
+    python -m bench.hindsight [--sessions 20000] [--concurrency 64]
 
-The server is the toy's (tests/llm_server.py), in a process of its own. Its capacity is measured in the same run: the very same
-requests, sent once more by a bare loop of threads with the same concurrency over kept-open connections, parsing nothing. hindsight.py
-cannot be faster than that; ratio = its rate / that rate. On a machine whose cores the server fills, both are the server's own speed.
+The server is the toy's (toy/llm_server.py), in a process of its own. Its capacity is measured in the same
+run: the very same requests are sent once more by a bare loop of threads with the same concurrency over
+kept-open connections, which parses nothing. hindsight.py cannot be faster than that; ratio = its rate /
+that rate. On a machine whose cores the server fills, both are the server's own speed. Ends in one JSON
+line.
 """
 import argparse
 import http.client
@@ -19,29 +22,61 @@ import threading
 import time
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path[0] = str(REPO)  # not this folder, whose files bear the modules' names
-
 import yaml
 
 import config
 import hindsight
-import toy
+import llm
+import toy.world
+from prompts import load_prompt
+from records import Session, read_records, write_jsonl
 
+REPO = Path(__file__).resolve().parent.parent
 CHILD = """
 import resource, sys, time
 import hindsight
-from data import cli
+from records import cli
 began = time.perf_counter()
 cli(hindsight.main)
 print("BENCH", time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def start_server(lexicon, port):
-    server = subprocess.Popen([sys.executable, str(REPO / "tests/llm_server.py"), "--lexicon", lexicon, "--port", str(port)], stdout=subprocess.PIPE)
+    command = [sys.executable, "-m", "toy.llm_server", "--lexicon", str(lexicon), "--port", str(port)]
+    server = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE)
     server.stdout.readline()  # it says where it serves
     return server
+
+
+def write_run(folder, sessions, concurrency, port):
+    """Logs, lexicon and config of a run under `folder` -> the config's path."""
+    rows = ({**toy.world.session(7, "train", i), "success": True} for i in range(sessions))
+    write_jsonl(folder / "logs.jsonl", rows)
+    (folder / "lexicon.yaml").write_text(yaml.safe_dump(toy.world.lexicon(), sort_keys=False))
+    role = {"model": "toy", "base_url": f"http://127.0.0.1:{port}/v1", "concurrency": concurrency}
+    data = {"logs": str(folder / "logs.jsonl"), "lexicon": str(folder / "lexicon.yaml")}
+    path = folder / "c.yaml"
+    path.write_text(yaml.safe_dump({"run_dir": str(folder / "run"), "data": data,
+                                    "hindsight": {"source": "llm"}, "llm": {"extractor": role}}))
+    return path
+
+
+def requests(cfg):
+    """The bodies of the requests that hindsight.py makes with this config."""
+    prompt = load_prompt(REPO / "prompts" / "extractor.md", ())
+    schema = {"name": "extractor", "schema": llm.schema_of(hindsight.Extraction), "strict": True}
+    for _, session in read_records(cfg.data.logs, Session):
+        utterances = hindsight.utterances(session.messages)
+        messages = hindsight.extractor_messages(prompt, utterances, session.goal, cfg.hindsight.generic)
+        yield json.dumps({"model": "toy", "messages": messages, "temperature": 0.0, "max_tokens": 512,
+                          "seed": 0, "response_format": {"type": "json_schema", "json_schema": schema}})
 
 
 def bare_loop(port, bodies, concurrency):
@@ -69,48 +104,37 @@ def bare_loop(port, bodies, concurrency):
     return time.perf_counter() - began
 
 
+def timed_hindsight(path):
+    """hindsight.py with this config, in a process of its own -> (seconds, peak KiB)."""
+    command = [sys.executable, "-c", CHILD, str(path)]
+    done = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True, check=True)
+    shown, _, figures = done.stdout.rpartition("BENCH")
+    print(shown, end="")
+    return map(float, figures.split())
+
+
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--sessions", type=int, default=20_000)
-    p.add_argument("--concurrency", type=int, default=64)
-    a = p.parse_args()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--sessions", type=int, default=20_000)
+    parser.add_argument("--concurrency", type=int, default=64)
+    a = parser.parse_args()
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        with open(folder / "logs.jsonl", "w") as f:
-            for i in range(a.sessions):
-                f.write(json.dumps({**toy.session(7, "train", i), "success": True}) + "\n")
-        (folder / "lexicon.yaml").write_text(yaml.safe_dump(toy.lexicon(), sort_keys=False))
-        role = {"model": "toy", "base_url": f"http://127.0.0.1:{port}/v1", "concurrency": a.concurrency}
-        (folder / "c.yaml").write_text(yaml.safe_dump({
-            "run_dir": str(folder / "run"), "data": {"logs": str(folder / "logs.jsonl"), "lexicon": str(folder / "lexicon.yaml")},
-            "hindsight": {"source": "llm"}, "llm": {"extractor": role}}))
-        cfg = config.load([str(folder / "c.yaml")])
-        prompt, schema = (REPO / "prompts/extractor.md").read_text().strip(), {"type": "json_schema", "json_schema": {
-            "name": "extractor", "schema": hindsight.EXTRACT, "strict": True}}
-
-        def bodies():
-            for line in open(folder / "logs.jsonl"):
-                session = json.loads(line)
-                messages = hindsight.extractor_messages(prompt, hindsight.utterances(session["messages"]), session["goal"], cfg.hindsight.generic)
-                yield json.dumps({"model": "toy", "messages": messages, "temperature": 0.0, "max_tokens": 512, "seed": 0, "response_format": schema})
-
-        server = start_server(str(folder / "lexicon.yaml"), port)
+        path = write_run(folder, a.sessions, a.concurrency, port)
+        server = start_server(folder / "lexicon.yaml", port)
         try:
-            env = os.environ | {"PYTHONPATH": str(REPO)}
-            done = subprocess.run([sys.executable, "-c", CHILD, str(folder / "c.yaml")], cwd=REPO, env=env, stdout=subprocess.PIPE, text=True, check=True)
-            print(done.stdout.rpartition("BENCH")[0], end="")
-            ours, rss = map(float, done.stdout.rpartition("BENCH")[2].split())
-            peer = bare_loop(port, bodies(), a.concurrency)
+            ours, rss = timed_hindsight(path)
+            peer = bare_loop(port, requests(config.load([str(path)])), a.concurrency)
         finally:
             server.kill()
         cache = (folder / "run" / "llm_cache.sqlite").stat().st_size
-    print(f"hindsight.py: {a.sessions / ours:.0f} sessions/s, peak memory {rss / 1024:.0f} MiB; the server alone: {a.sessions / peer:.0f} requests/s; "
-          f"cache file {cache / 2 ** 20:.1f} MiB")
-    print(json.dumps({"bench": "hindsight", "sessions": a.sessions, "concurrency": a.concurrency, "cores": os.cpu_count(), "ours_s": round(ours, 2),
-                      "peer_s": round(peer, 2), "ratio": round(peer / ours, 3), "peak_rss_mib": round(rss / 1024, 1)}))
+    print(f"hindsight.py: {a.sessions / ours:.0f} sessions/s, peak memory {rss / 1024:.0f} MiB; the server "
+          f"alone: {a.sessions / peer:.0f} requests/s; cache file {cache / 2 ** 20:.1f} MiB")
+    print(json.dumps({"bench": "hindsight", "sessions": a.sessions, "concurrency": a.concurrency,
+                      "cores": os.cpu_count(), "ours_s": round(ours, 2), "peer_s": round(peer, 2),
+                      "ratio": round(peer / ours, 3), "peak_rss_mib": round(rss / 1024, 1)}))
 
 
 if __name__ == "__main__":

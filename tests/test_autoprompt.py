@@ -1,8 +1,8 @@
-"""Algorithm 1: mutations, split, acceptance, the search with ledger and resume, anchors and margin; in process, with sources
-whose competence follows the rules a prompt states. test_llm_server.py runs it behind a server."""
-import doctest
+"""Algorithm 1: mutations, split, acceptance, the search with ledger and resume, anchors and margin; with
+sources in this process whose competence follows the rules that a prompt states."""
 import json
 import random
+import sqlite3
 import sys
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -12,46 +12,46 @@ import pytest
 import autoprompt
 import config
 import llm
-from data import InputError, write_jsonl
-from test_train import REPO, make_world
+from records import ExtractorAnchor, GraderAnchor, InputError, write_jsonl
+from world import REPO, make_world, read_lines, write_lines
 
-RULES = {"KNOWN": "- KNOWN: what was told scores 0.", "HALF": "- HALF: a related question scores 0.5.", "FORM": "- FORM: keywords score 0."}
+RULES = {"told": "- KNOWN: what was told scores 0.", "related": "- HALF: a related question scores 0.5.",
+         "keywords": "- FORM: keywords score 0."}
 POOR = "Grade for {goal}.\n- Be fair.\n- Be quick.\n{\"score\": 1}"
 SCORE = {"good": 1.0, "told": 0.0, "related": 0.5, "keywords": 0.0}
 
 
 class Fake:
-    """A source that answers at once by a function of (messages, seed), and counts what it is asked."""
+    """A source that replies at once by a function of (messages, seed), and notes what it is asked."""
 
-    def __init__(self, reply, prompt_file, temperature=0.0):
+    def __init__(self, reply, prompt_file=None, temperature=0.0):
         self.reply, self.prompt_file, self.asked = reply, prompt_file, []
-        self.prompt = open(prompt_file).read().strip() if prompt_file else ""
-        self.s, self.tally = SimpleNamespace(concurrency=4, temperature=temperature, model="fake"), llm.Tally()
+        self.prompt = prompt_file.read_text().strip() if prompt_file else ""
+        self.settings = SimpleNamespace(concurrency=4, temperature=temperature)
+        self.tally, self.drain = llm.Tally(), lambda: None
 
-    def submit(self, messages, schema, check, seed=0):
+    def submit(self, messages, reply_class, seed=0, context=None):
         self.asked.append((json.dumps(messages), seed))
         future = Future()
         try:
-            future.set_result(check(self.reply(messages, seed)))
+            reply = self.reply(messages, seed)
+            future.set_result(reply_class.model_validate(reply, context=context))
         except ValueError:
             future.set_result(None)
         return future
 
-    def drain(self):
-        pass
-
 
 def grade(messages, seed):
-    """Right where the prompt states the rule, or quotes the very candidate; else every question is worth 1."""
-    prompt, candidate = messages[0]["content"], json.loads(messages[-1]["content"].rpartition("Candidate: ")[2])
+    """Right where the prompt states the rule, or quotes the very candidate; else all questions get a 1."""
+    prompt, user = (m["content"] for m in messages)
+    candidate = json.loads(user.rpartition("Candidate: ")[2])
     kind = candidate.split()[0]
     for line in prompt.splitlines():
         if line.startswith(f"Example: {candidate} -> "):
             return {"score": float(line.rpartition(" ")[2]), "questions": 1}
-    rule = {"told": "KNOWN", "related": "HALF", "keywords": "FORM"}.get(kind)
     if "GARBLE" in prompt:
         return {"score": 7}
-    return {"score": SCORE[kind] if rule is None or RULES[rule] in prompt else 1, "questions": 1}
+    return {"score": SCORE[kind] if RULES.get(kind, "") in prompt else 1, "questions": 1}
 
 
 def write_variant(messages, seed):
@@ -60,284 +60,331 @@ def write_variant(messages, seed):
     best = asked["instructions"]
     assert asked["purpose"] and "{goal}" in messages[0]["content"]
     if seed % 100 == 0:
-        return {"prompt": best + "".join(f"\nExample: {e['candidate']} -> {e['wanted']}" for e in asked["examples"])}
+        examples = [f"\nExample: {e['candidate']} -> {e['wanted']}" for e in asked["examples"]]
+        return {"prompt": best + "".join(examples)}
     if seed % 100 == 1:
         return {"prompt": best.replace("{goal}", "the goal")}
-    missing = [r for r in RULES.values() if r not in best]
-    return {"prompt": best + "\n" + (missing or ["- Again."])[seed % len(missing or [1])]}
+    missing = [rule for rule in RULES.values() if rule not in best] or ["- Again."]
+    return {"prompt": best + "\n" + missing[seed % len(missing)]}
 
 
-def anchors(n, kinds=tuple(SCORE)):
+def anchors(n):
     rng = random.Random(0)
+    turn = dict(goal="g", context=[{"role": "user", "content": "cough"}], target=["duration: two"],
+                decision="continue")
+    rows = []
     for i in range(n):
-        kind = rng.choice(kinds)
-        yield {"turn": {"turn_id": f"{i}_1", "session_id": str(i), "goal": "g", "context": [{"role": "user", "content": "cough"}],
-                        "target": ["duration: two"], "decision": "continue"}, "response": f"{kind} question {i}?", "score": SCORE[kind]}
+        kind = rng.choice(list(SCORE))
+        rows.append({"turn": turn | {"turn_id": f"{i}_1", "session_id": str(i)},
+                     "response": f"{kind} question {i}?", "score": SCORE[kind]})
+    return [GraderAnchor.model_validate(row) for row in rows]
+
+
+def rows(n, **changed):
+    return [anchor.dump() | changed for anchor in anchors(n)]
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
-    """-> (call autoprompt.py, {role: source}, folder)"""
+def desk(tmp_path, monkeypatch):
+    """call: autoprompt.py with these arguments; sources by role; folder; ledger: its lines."""
     (tmp_path / "poor.md").write_text(POOR)
-    (tmp_path / "c.yaml").write_text(f"run_dir: {tmp_path}/run\nllm: {{grader: {{model: m}}, writer: {{model: m}}}}\n")
+    (tmp_path / "c.yaml").write_text(f"run_dir: {tmp_path}/run\n"
+                                     "llm: {grader: {model: m}, writer: {model: m}}\n")
     (tmp_path / "prompts").mkdir()
+    (tmp_path / "anchors").mkdir()
     for name in ("variants.md", "match.md"):
         (tmp_path / "prompts" / name).write_text((REPO / "prompts" / name).read_text())
     write_jsonl(tmp_path / "anchors" / "grader.jsonl", anchors(120))
-    sources = {"grader": Fake(grade, tmp_path / "poor.md"), "writer": Fake(write_variant, None)}
+    sources = {"grader": Fake(grade, tmp_path / "poor.md"), "writer": Fake(write_variant)}
     monkeypatch.setattr(llm, "open_source", lambda role, cfg: sources[role])
     monkeypatch.chdir(tmp_path)
 
     def call(*argv):
+        for source in sources.values():
+            source.asked.clear()
         monkeypatch.setattr(sys, "argv", ["autoprompt.py", *argv])
         autoprompt.main()
-    return call, sources, tmp_path
+
+    folder = tmp_path / "run" / "autoprompt"
+    return SimpleNamespace(call=call, sources=sources, folder=tmp_path, out=folder,
+                           ledger=lambda kind="grader": read_lines(folder / f"{kind}.jsonl"))
 
 
-def ledger(folder, kind="grader"):
-    return [json.loads(line) for line in (folder / "run" / "autoprompt" / f"{kind}.jsonl").read_text().splitlines()]
+# ------------------------------------------------------------------------------------------------- the search
 
-
-def test_docstring_examples():
-    assert doctest.testmod(autoprompt).failed == 0 and doctest.testmod(autoprompt).attempted == 1
-
-
-def test_calibration_finds_the_rules(world, capsys):
-    """From a prompt without any rule to one with all three; held-out error falls; every candidate is in the ledger."""
-    call, sources, folder = world
-    call("c.yaml", "type=grader", "rounds=6", "candidates=10")
-    best = (folder / "prompts" / "calibrated" / "grader.md").read_text()
+def test_calibration_finds_the_rules(desk, capsys):
+    """From a prompt without any rule to one with all three; every candidate is in the ledger."""
+    desk.call("c.yaml", "type=grader", "rounds=6", "candidates=10")
+    best = (desk.folder / "prompts" / "calibrated" / "grader.md").read_text()
     assert all(rule in best for rule in RULES.values()) and "{goal}" in best
-    lines = ledger(folder)
+    lines = desk.ledger()
     accepted = [x for x in lines if x["accepted"]]
-    assert len(accepted) == 3 and accepted[-1]["held_out"] == 0 and all(x["low"] > 0 and x["held_out"] > x["best_held_out"] for x in accepted)
-    rounds = {x["round"] for x in lines}
-    assert [sum(x["round"] == r for x in lines) for r in sorted(rounds)] == [10] * len(rounds) and rounds == {1, 2, 3, 4, 5}  # two dry rounds end it
+    assert len(accepted) == 3 and accepted[-1]["held_out"] == 0
+    assert all(x["low"] > 0 and x["held_out"] > x["best_held_out"] for x in accepted)
+    assert [x["round"] for x in lines] == sorted([1, 2, 3, 4, 5] * 10)  # two dry rounds end it
     assert any(x["note"] == "lacks goal" and x["calibration"] is None for x in lines)
     assert {x["origin"] for x in lines} >= {"writer", "drop", "swap"}
-    out, table = capsys.readouterr().out, (folder / "run" / "autoprompt" / "grader.md").read_text()
-    assert "held out: -0." in out and "-> 0.0000" in out and table.count(" accepted |") == 3 and len(table.splitlines()) == len(lines) + 2
-    truth = list(anchors(120))
-    parts = autoprompt.split(truth, 0)
-    start = sum(-(1 - a["score"]) ** 2 for a in parts[1]) / len(parts[1])
-    assert f"held out: {start:.4f} -> 0.0000" in out
+    assert list(lines[0]) == ("round candidate origin calibration held_out best_held_out low accepted note "
+                              "prompt").split()
+    table = (desk.out / "grader.md").read_text()
+    assert table.count(" accepted |") == 3 and len(table.splitlines()) == len(lines) + 2
+    held_out = autoprompt.split(anchors(120), 0)[1]
+    start = sum(-(1 - a.score) ** 2 for a in held_out) / len(held_out)
+    assert f"held out: {start:.4f} -> 0.0000" in capsys.readouterr().out
 
 
-def test_an_over_fitted_prompt_is_rejected_on_the_held_out_part(world):
+def test_an_over_fitted_prompt_is_rejected_on_the_held_out_part(desk):
     """A writer that only memorises: better on calibration, the same on the rest."""
-    call, sources, folder = world
-    sources["writer"].reply = lambda messages, seed: write_variant(messages, 0)
-    call("c.yaml", "type=grader", "rounds=5", "candidates=2")
-    lines = ledger(folder)
+    desk.sources["writer"].reply = lambda messages, seed: write_variant(messages, 0)
+    desk.call("c.yaml", "type=grader", "rounds=5", "candidates=2")
+    lines = desk.ledger()
     tried = [x for x in lines if x["held_out"] is not None]
-    assert tried and not any(x["accepted"] for x in lines) and not (folder / "prompts" / "calibrated").exists()
-    assert all(x["note"] == "better on calibration only" and x["held_out"] == x["best_held_out"] for x in tried)
-    assert {x["round"] for x in lines} == {1, 2}
+    assert tried and not any(x["accepted"] for x in lines) and {x["round"] for x in lines} == {1, 2}
+    for x in tried:
+        assert x["note"] == "better on calibration only" and x["held_out"] == x["best_held_out"]
+    assert not (desk.folder / "prompts" / "calibrated").exists()
 
 
-def test_an_interrupted_search_goes_on(world, monkeypatch):
-    """Killed after some candidates, then run again: nothing scored twice, and the ledger of an uninterrupted run."""
-    call, sources, folder = world
-    args = ("c.yaml", "type=grader", "rounds=4", "candidates=6")
-    submit, n = Fake.submit, 900
-    def limited(self, *rest, **how):
-        if self is sources["grader"] and len(self.asked) >= n:
+def test_an_interrupted_search_goes_on(desk, monkeypatch):
+    """Killed after some candidates, then run again: nothing scored twice, and the ledger of an uninterrupted
+    run."""
+    args, grader = ("c.yaml", "type=grader", "rounds=4", "candidates=6"), desk.sources["grader"]
+    submit = grader.submit
+
+    def limited(*ask):
+        if len(grader.asked) >= 900:
             raise KeyboardInterrupt
-        return submit(self, *rest, **how)
-    with monkeypatch.context() as m:
-        m.setattr(Fake, "submit", limited)
+        return submit(*ask)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grader, "submit", limited)
         with pytest.raises(KeyboardInterrupt):
-            call(*args)
-    before = len((folder / "run" / "autoprompt" / "grader_scores.jsonl").read_text().splitlines())
-    first = {k for k, _ in sources["grader"].asked[:before * 50]}
-    sources["grader"].asked.clear()
-    call(*args)
-    resumed, again = ledger(folder), {k for k, _ in sources["grader"].asked}
-    assert before > 3 and len(first & again) < len(first) / 5  # only the candidate under way is asked for again
-    sources["grader"].asked.clear()
-    call(*args)
-    assert not sources["grader"].asked and ledger(folder) == resumed
-    for path in (folder / "run" / "autoprompt").iterdir():
+            desk.call(*args)
+    with sqlite3.connect(desk.out / "scores.sqlite") as db:
+        before, = db.execute("SELECT count(*) FROM reply").fetchone()
+    first = {messages for messages, _ in grader.asked[:before * 50]}
+    desk.call(*args)
+    resumed, again = desk.ledger(), {messages for messages, _ in grader.asked}
+    assert before > 3 and len(first & again) < len(first) / 5  # only the candidate under way is asked again
+    desk.call(*args)
+    assert not grader.asked and desk.ledger() == resumed
+    for path in desk.out.iterdir():
         path.unlink()
-    call(*args)
-    assert ledger(folder) == resumed
+    desk.call(*args)
+    assert desk.ledger() == resumed
 
 
-def test_a_prompt_whose_replies_are_unusable_scores_worst(world):
-    call, sources, folder = world
-    score, _ = autoprompt.scorer("grader", config.load(["c.yaml"]), "exact")
-    examples = list(anchors(10))
-    assert score(POOR + "GARBLE", examples)[0] == [-1.0] * 10
-    assert score(POOR, examples)[0] == [-(1 - a["score"]) ** 2 for a in examples]
+def test_kept_scores_are_those_of_these_settings(desk):
+    """Another goal, generic list or lexicon scores otherwise: nothing that was kept may be used."""
+    asked, grader = [], desk.sources["grader"]
+    for text, *other in (["a"], ["a"], ["a", "data.goal=another"], ["a", "hindsight.generic=[age]"],
+                         ["a", "llm.grader.concurrency=3", "train.lr=1"], ["b"]):
+        (desk.folder / "lex.yaml").write_text(text)
+        desk.call("c.yaml", "type=grader", "rounds=1", "candidates=2", "data.lexicon=lex.yaml", *other)
+        asked.append(bool(grader.asked))
+    assert asked == [True, False, True, True, False, True]
 
 
-# ----------------------------------------------------------------------------------------------------------- the parts
+# -------------------------------------------------------------------------------------------------- the parts
 
 def test_mutations_keep_what_is_no_list_item():
-    rng, seen = random.Random(1), set()
-    text = "Head {goal}\n- a\n- b\n- c\nTail"
+    rng, seen, before = random.Random(1), set(), ["- a", "- b", "- c"]
     for _ in range(60):
-        out, how = autoprompt.mutate(text, rng)
+        how, text = autoprompt.mutate("Head {goal}\n- a\n- b\n- c\nTail", rng)
         seen.add(how)
-        lines = out.splitlines()
-        assert lines[0] == "Head {goal}" and lines[-1] == "Tail"
-        items = [line for line in lines if line.startswith("- ")]
-        assert {"drop": len(items) == 2, "swap": sorted(items) == ["- a", "- b", "- c"] and items != ["- a", "- b", "- c"],
-                "repeat": items[:3] == ["- a", "- b", "- c"] and items[3].startswith("- Above all: ")}[how]
+        head, *items, tail = text.splitlines()
+        assert (head, tail) == ("Head {goal}", "Tail")
+        if how == "repeat":
+            assert items[:3] == before and items[3].startswith("- Above all: ")
+        else:
+            assert len(items) == 2 if how == "drop" else sorted(items) == before != items
     assert seen == {"drop", "swap", "repeat"}
-    assert autoprompt.mutate("No list.", rng)[1] == "stress"
+    assert autoprompt.mutate("No list.", rng)[0] == "stress"
 
 
 def test_the_split_is_by_session_and_seed():
-    examples = [{**a, "response": f"{a['response']} {k}"} for a in anchors(60) for k in range(3)]
-    first, second = autoprompt.split(examples, 0)
-    sessions = [{a["turn"]["session_id"] for a in part} for part in (first, second)]
-    assert not sessions[0] & sessions[1] and 20 < len(sessions[0]) < 40 and len(first) + len(second) == 180
-    assert autoprompt.split(examples, 1)[0] != first and autoprompt.split(examples, 0)[0] == first
+    examples = [a.model_copy(update={"response": str(k)}) for a in anchors(60) for k in range(3)]
+    parts = autoprompt.split(examples, 0)
+    first, second = ({a.turn.session_id for a in part} for part in parts)
+    assert not first & second and 20 < len(first) < 40 and sum(map(len, parts)) == 180
+    assert autoprompt.split(examples, 1)[0] != parts[0] and autoprompt.split(examples, 0) == parts
 
 
 def test_acceptance_is_paired():
     rng = random.Random(3)
     old = [rng.random() for _ in range(50)]
     better, worse = [x + 0.01 for x in old], [x + rng.gauss(0, 1) for x in old]
-    assert autoprompt.better(better, old)[1] == pytest.approx(0.01) and autoprompt.better(worse, old)[1] < 0
+    assert autoprompt.better(better, old)[1] == pytest.approx(0.01)
+    assert autoprompt.better(worse, old)[1] < 0
     noise = [[x + rng.gauss(0, 1) for x in old] for _ in range(200)]
     assert sum(autoprompt.better(n, old, draws=500)[1] > 0 for n in noise) < 24  # about 5% by chance
 
 
-SESSION = {"session_id": 1, "messages": [{"role": "user", "content": "cough"}, {"role": "assistant", "content": "Since when?"},
-                                         {"role": "user", "content": "two days"}]}
+def test_grader_scores(desk):
+    """A prompt whose replies are unusable has the worst score."""
+    (score, *_), examples = autoprompt.scorer("grader", config.load(["c.yaml"])), anchors(10)
+    assert score(POOR + "GARBLE", examples)[0] == [-1.0] * 10
+    assert score(POOR, examples)[0] == [-(1 - a.score) ** 2 for a in examples]
 
 
-def test_extractor_scores(world):
-    call, sources, folder = world
-    replies = {"a": {"items": [{"utterance": 3, "slot": "Duration", "value": "Two days."}]}, "b": {"items": []}, "c": {"items": 5}}
-    sources["extractor"] = Fake(lambda messages, seed: {"matched": [1, 2]} if "wanted" in messages[-1]["content"] else replies[messages[0]["content"][0]],
-                                folder / "poor.md")
-    examples = [{"session": SESSION, "items": ["duration: two days", "symptom: cough"]}]
-    score = autoprompt.scorer("extractor", config.load(["c.yaml"]), "exact")[0]
-    assert score("a", examples) == ([pytest.approx(2 / 3)], [["Duration: Two days."]])
-    assert score("b", examples)[0] == [0.0] and score("c", examples) == ([0.0], [None])
-    assert score("b", [{"session": SESSION, "items": []}])[0] == [1.0]
-    score = autoprompt.scorer("extractor", config.load(["c.yaml"]), "llm")[0]
-    assert score("a", examples)[0] == [pytest.approx(2 * 2 / 3)]  # the matcher says so
-    assert score("b", examples)[0] == [0.0]
+SESSION = {"session_id": "1", "messages": [
+    {"role": "user", "content": "cough"}, {"role": "assistant", "content": "Since when?"},
+    {"role": "user", "content": "two days"}]}
 
 
-def test_policy_examples_and_placeholders(world, monkeypatch):
-    """A policy prompt must keep the goal and the marker."""
-    call, sources, folder = world
-    cfg, turns = config.load(["c.yaml", "data.prompt=policy.md"]), [a["turn"] for a in anchors(30)]
-    (folder / "policy.md").write_text("Goal {goal}: ask or <stop />.\n- be short\n- be kind")
-    sources["writer"].reply = lambda messages, seed: {"prompt": ["Goal {goal}: only ask.", "Goal {goal}: ask or <stop />, BEST"][seed % 2]}
-    monkeypatch.setattr(autoprompt.evaluation, "model_of", lambda cfg: folder / "anchors")
-
-    def score(prompt, examples):
-        return [float("BEST" in prompt)] * len(examples), [["x"]] * len(examples)
-    own = dict(autoprompt.OWN, type="policy", rounds=1, candidates=4)
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(autoprompt, "policy_scorer", lambda cfg: score)
-        first, best, summary = autoprompt.search("policy", cfg, own, turns)
-    assert best == "Goal {goal}: ask or <stop />, BEST" and summary["held_out"] == [0.0, 1.0]
-    assert any(x["note"] == "lacks <stop />" for x in ledger(folder, "policy"))
+def found(value):
+    return {"items": [{"utterance": 3, "slot": "Duration", "value": value}]}
 
 
-# ------------------------------------------------------------------------------------------------------ margin, anchors
+def test_extractor_scores(desk):
+    replies = {"a": found("Two days."), "b": {"items": []}, "c": {"items": 5}}
+    matched = [1, 2]
 
-def test_margin_then_labels_then_anchors(world, capsys, monkeypatch):
-    """The candidates that repeated gradings disagree on come first; a person's labels become anchors, once, and are never lost."""
-    call, sources, folder = world
-    turns = [dict(a["turn"]) for a in anchors(12)]
-    monkeypatch.setattr(autoprompt, "sampled_answers", lambda cfg, n: [{"turn": t, "response": f"q{i}"} for i, t in enumerate(turns)])
-    sources["grader"].s.temperature = 0.7
-    sources["grader"].reply = lambda messages, seed: {"score": [0, 1][seed % 2] if '"q7"' in messages[-1]["content"] else
-                                                      [0.5, 1][seed == 0] if '"q2"' in messages[-1]["content"] else 1, "questions": 1}
-    args = ("margin", "c.yaml", "type=grader", "n=3", "repeats=4")
-    call(*args)
-    path = folder / "run" / "autoprompt" / "margin_grader.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [r["response"] for r in rows[:2]] == ["q7", "q2"] and len(rows) == 3 and rows[0]["scores"] == [0, 1, 0, 1]
-    assert rows[0]["disagreement"] == 0.5 and all(r["score"] is None for r in rows) and len(sources["grader"].asked) == 48
-    rows[0]["score"], rows[1]["score"] = 0.5, 1
-    write_jsonl(path, rows)
+    def reply(messages, seed):
+        system, user = (m["content"] for m in messages)
+        return {"matched": matched} if "wanted" in user else replies[system[0]]
+
+    desk.sources["extractor"] = Fake(reply, desk.folder / "poor.md")
+    wanted, cfg = ["duration: two days", "symptom: cough"], config.load(["c.yaml"])
+    examples = [ExtractorAnchor.model_validate({"session": SESSION, "items": wanted})]
+    exact, by_model = (autoprompt.scorer("extractor", cfg, match)[0] for match in ("exact", "llm"))
+    assert exact("a", examples) == ([pytest.approx(2 / 3)], [["Duration: Two days."]])
+    assert exact("b", examples)[0] == [0.0] and exact("c", examples) == ([0.0], [None])
+    nothing = ExtractorAnchor.model_validate({"session": SESSION, "items": []})
+    assert exact("b", [nothing])[0] == [1.0]
+    assert by_model("a", examples)[0] == [pytest.approx(2 * 2 / 3)]  # the matcher says so
+    assert by_model("b", examples)[0] == [0.0]
+    matched = [1, 3]  # there is no third: exact match decides
+    assert by_model("a", examples)[0] == [pytest.approx(2 / 3)]
+
+
+def test_a_policy_prompt_must_keep_goal_and_marker(desk):
+    first = "Goal {goal}: ask or <stop />.\n- be short\n- be kind"
+    variants = "Goal {goal}: only ask.", "Goal {goal}: ask or <stop />, BEST"
+    desk.sources["writer"].reply = lambda messages, seed: {"prompt": variants[seed % 2]}
+
+    def score(prompt, turns):
+        return [float("BEST" in prompt)] * len(turns), [["x"]] * len(turns)
+
+    parts = autoprompt.split([a.turn for a in anchors(30)], 0)
+    own = SimpleNamespace(rounds=1, candidates=4)
+    best = autoprompt.search("policy", config.load(["c.yaml"]), own, score, first, parts)
+    lines = desk.ledger("policy")
+    accepted, = (x for x in lines if x["accepted"])
+    assert best == variants[1] and (accepted["best_held_out"], accepted["held_out"]) == (0.0, 1.0)
+    assert any(x["note"] == "lacks <stop />" for x in lines)
+
+
+def test_policy_scores(tmp_path, monkeypatch, tiny_checkpoint, one_rank):
+    """A prompt that makes the conversation too long has no reward."""
+    path = make_world(tmp_path, tiny_checkpoint)
+    monkeypatch.chdir(REPO)
+    cfg = config.load([str(path)])
+    turns = autoprompt.load_turns(cfg, "train")[:3]
+    score, file, _ = autoprompt.scorer("policy", cfg)
+    scores, said = score(autoprompt.load_prompt(file), turns)
+    assert all(s >= 0 for s in scores) and [len(group) for group in said] == [cfg.eval.samples] * 3
+    assert score("Goal {goal}. " * 9999, turns) == ([0.0] * 3, [["(the prompt is too long)"]] * 3)
+
+
+# -------------------------------------------------------------------------------------------- margin, anchors
+
+def test_margin_then_labels_then_anchors(desk, capsys, monkeypatch):
+    """The candidates that repeated gradings disagree on come first; a person's labels become anchors, once,
+    and are never lost."""
+    def reply(messages, seed):
+        candidate = messages[-1]["content"]
+        score = seed % 2 if '"q7"' in candidate else 0.5 if '"q2"' in candidate and seed else 1
+        return {"score": score, "questions": 1}
+
+    candidates = [GraderAnchor.model_construct(turn=a.turn, response=f"q{i}")
+                  for i, a in enumerate(anchors(12))]
+    monkeypatch.setattr(autoprompt, "sampled_responses", lambda cfg, n: list(candidates))
+    grader = desk.sources["grader"] = Fake(reply, desk.folder / "poor.md", temperature=0.7)
+    args, path = ("margin", "c.yaml", "type=grader", "n=3", "repeats=4"), desk.out / "margin_grader.jsonl"
+    labelled = desk.folder / "anchors" / "grader.jsonl"
+    desk.call(*args)
+    lines = read_lines(path)
+    assert [line["response"] for line in lines[:2]] == ["q7", "q2"] and lines[0]["scores"] == [0, 1, 0, 1]
+    assert list(lines[0]) == ["turn", "response", "scores", "score", "disagreement"]
+    assert [line["score"] for line in lines] == [None] * 3 and lines[0]["disagreement"] == 0.5
+    assert len(grader.asked) == 48
+    lines[0]["score"], lines[1]["score"] = 0.5, 1
+    write_lines(path, lines)
     with pytest.raises(InputError, match="holds labels"):
-        call(*args)
-    (folder / "anchors" / "grader.jsonl").unlink()
-    capsys.readouterr()
+        desk.call(*args)
+    labelled.unlink()
     for new, changed, score in ((2, 0, 0.5), (0, 0, 0.5), (0, 1, 0)):
-        rows[0]["score"] = score
-        write_jsonl(path, rows)
-        call("anchors", "c.yaml", "type=grader", f"from={path}")
+        lines[0]["score"] = score
+        write_lines(path, lines)
+        capsys.readouterr()
+        desk.call("anchors", "c.yaml", "type=grader", f"from={path}")
         assert f"{new} new, {changed} with another label; 1 lines" in capsys.readouterr().out
-    made = [json.loads(line) for line in (folder / "anchors" / "grader.jsonl").read_text().splitlines()]
-    assert [(a["response"], a["score"], set(a)) for a in made] == [(f"q{i}", s, {"turn", "response", "score"}) for i, s in ((7, 0), (2, 1))]
+    made = read_lines(labelled)
+    assert [(a["response"], a["score"]) for a in made] == [("q7", 0), ("q2", 1)]
+    assert all(set(a) == {"turn", "response", "score"} for a in made)
     path.unlink()
-    call(*args)  # what has a label is not listed again
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert not {"q7", "q2"} & {r["response"] for r in rows}
+    desk.call(*args)  # what has a label is not listed again
+    assert not {"q7", "q2"} & {line["response"] for line in read_lines(path)}
 
 
-def test_answers_to_label_come_from_no_test_session(tmp_path, monkeypatch, tiny_checkpoint, one_rank):
+def test_margin_of_the_extractor(desk):
+    write_lines(desk.folder / "logs.jsonl", [SESSION | {"session_id": i} for i in range(4)])
+    desk.sources["extractor"] = Fake(lambda messages, seed: found(str(seed)), desk.folder / "poor.md", 1.0)
+    desk.call("margin", "c.yaml", "type=extractor", "n=2", "repeats=3", "data.logs=logs.jsonl")
+    lines = read_lines(desk.out / "margin_extractor.jsonl")
+    assert len(lines) == 2 and lines[0]["disagreement"] == 1 and lines[0]["items"] is None
+    assert lines[0]["extractions"] == [[f"Duration: {seed}"] for seed in range(3)]
+
+
+def test_responses_to_label_come_from_no_test_session(tmp_path, monkeypatch, tiny_checkpoint, one_rank):
     """Validation turns where there are any, else training turns."""
     path = make_world(tmp_path, tiny_checkpoint)
     monkeypatch.chdir(REPO)
-    turns, seen = tmp_path / "run" / "turns", lambda: {e["turn"]["turn_id"] for e in autoprompt.sampled_answers(config.load([str(path)]), 99)}
-    lines = (turns / "train.jsonl").read_text().splitlines(True)
-    (turns / "eval.jsonl").write_text("".join(line.replace('"turn_id": "', '"turn_id": "test_') for line in lines[:6]))
-    assert seen() <= {json.loads(line)["turn_id"] for line in lines} and seen()
-    (turns / "valid.jsonl").write_text("".join(line.replace('"turn_id": "', '"turn_id": "valid_') for line in lines[:6]))
-    assert seen() and all(i.startswith("valid_") for i in seen())
+    turns, cfg = tmp_path / "run" / "turns", config.load([str(path)])
+    train = read_lines(turns / "train.jsonl")
+
+    def seen():
+        return {a.turn.turn_id for a in autoprompt.sampled_responses(cfg, 99)}
+
+    for name in ("eval", "valid"):
+        before = seen()
+        assert before and before <= {turn["turn_id"] for turn in train}
+        write_lines(turns / f"{name}.jsonl", [t | {"turn_id": name + t["turn_id"]} for t in train[:6]])
+    assert seen() and all(i.startswith("valid") for i in seen())
 
 
-def test_kept_scores_are_those_of_these_settings(world):
-    """Another goal, generic list or lexicon fills the prompt or scores otherwise: nothing kept may be used."""
-    call, sources, folder = world
-    (folder / "lex.yaml").write_text("a")
-    args = ("c.yaml", "type=grader", "rounds=1", "candidates=2", "data.lexicon=lex.yaml")
-    asked = []
-    for other in ((), (), ("data.goal=another",), ("hindsight.generic=[age]",), ("llm.grader.concurrency=3", "train.lr=1")):
-        sources["grader"].asked.clear()
-        call(*args, *other)
-        asked.append(len(sources["grader"].asked))
-    (folder / "lex.yaml").write_text("b")
-    sources["grader"].asked.clear()
-    call(*args)
-    assert [n > 0 for n in (*asked, len(sources["grader"].asked))] == [True, False, True, True, False, True]
+GRADER = ["c.yaml", "type=grader"]
+ONE_SESSION = [row | {"turn": row["turn"] | {"session_id": "1"}} for row in rows(9)]
 
 
-def test_margin_of_the_extractor(world):
-    call, sources, folder = world
-    (folder / "logs.jsonl").write_text("".join(json.dumps({**SESSION, "session_id": i}) + "\n" for i in range(4)))
-    item = lambda value: {"items": [{"utterance": 3, "slot": "duration", "value": value}]}
-    sources["extractor"] = Fake(lambda messages, seed: item(str(seed)), folder / "poor.md", temperature=1.0)
-    call("margin", "c.yaml", "type=extractor", "n=2", "repeats=3", f"data.logs={folder}/logs.jsonl")
-    rows = [json.loads(line) for line in (folder / "run" / "autoprompt" / "margin_extractor.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 and rows[0]["disagreement"] == 1 and rows[0]["items"] is None and len(rows[0]["extractions"]) == 3
-
-
-BAD = {
-    "no type": (["c.yaml"], None, "type= must be one of extractor, grader, policy, not None"),
-    "type": (["c.yaml", "type=judge"], None, "not judge"),
-    "rounds": (["c.yaml", "type=grader", "rounds=0"], None, "rounds=0 must be a whole number above 0"),
-    "match": (["c.yaml", "type=grader", "match=fuzzy"], None, "match= must be one of exact, llm, not fuzzy"),
-    "missing": (["c.yaml", "type=grader", "anchors=none.jsonl"], None, "none.jsonl does not exist"),
-    "few": (["c.yaml", "type=grader"], list(anchors(7)), "holds 7 anchors; 8 are the fewest"),
-    "score": (["c.yaml", "type=grader"], [{**a, "score": 2} for a in anchors(9)], "grader.jsonl:1: 'score' must be 0, 0.5 or 1, not 2"),
-    "unlabelled": (["c.yaml", "type=grader"], [{**a, "score": None} for a in anchors(9)], "grader.jsonl:1: 'score' must be"),
-    "one session": (["c.yaml", "type=grader"], [{**a, "turn": {**a["turn"], "session_id": "1"}} for a in anchors(9)], "label more sessions"),
-    "cold": (["margin", "c.yaml", "type=grader"], None, "llm.grader.temperature is 0"),
-    "margin policy": (["margin", "c.yaml", "type=policy"], None, "type= must be one of extractor, grader, not policy"),
-    "from": (["anchors", "c.yaml", "type=grader"], None, "from=FILE"),
-    "key": (["c.yaml", "type=grader", "llm.grader.modle=x"], None, "did you mean 'llm.grader.model'"),
-}
-
-
-@pytest.mark.parametrize("name", list(BAD))
-def test_bad_input(world, name):
-    call, _, folder = world
-    argv, rows, say = BAD[name]
-    if rows:
-        write_jsonl(folder / "anchors" / "grader.jsonl", rows)
+@pytest.mark.parametrize("argv, lines, says", [
+    (["c.yaml"], None, "type must be 'extractor', 'grader' or 'policy', not None"),
+    (["c.yaml", "type=judge"], None, "not 'judge'"),
+    ([*GRADER, "rounds=0"], None, "rounds must be at least 1, not '0'"),
+    ([*GRADER, "rounds=x"], None, "rounds"),
+    ([*GRADER, "match=fuzzy"], None, "match must be 'exact' or 'llm', not 'fuzzy'"),
+    ([*GRADER, "anchors=none.jsonl"], None, "none.jsonl does not exist"),
+    (GRADER, rows(7), "holds 7 anchors; 8 are the fewest"),
+    (GRADER, rows(9, score=2), "grader.jsonl:1: score must be 0, 0.5 or 1, not 2"),
+    (GRADER, rows(9, score=None), "grader.jsonl:1: score must be a number, not None; a line is {"),
+    (GRADER, ONE_SESSION, "label more sessions"),
+    (["margin", *GRADER], None, "llm.grader.temperature is 0"),
+    (["margin", "c.yaml", "type=policy"], None, "type=extractor"),
+    (["anchors", *GRADER], None, "from=FILE"),
+    ([*GRADER, "llm.grader.modle=x"], None, "did you mean 'llm.grader.model'")])
+def test_bad_input(desk, argv, lines, says):
+    if lines:
+        write_lines(desk.folder / "anchors" / "grader.jsonl", lines)
     with pytest.raises(InputError) as error:
-        call(*argv)
-    assert say in str(error.value) and "\n" not in str(error.value)
+        desk.call(*argv)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"success": False}, "success is false"),
+    ({"messages": SESSION["messages"][1:2]}, "no message of the user")])
+def test_a_session_that_teaches_nothing_is_no_anchor(desk, change, says):
+    write_lines(desk.folder / "anchors" / "extractor.jsonl", [{"session": SESSION | change, "items": []}] * 9)
+    with pytest.raises(InputError, match=f"extractor.jsonl:1: .*{says}"):
+        desk.call("c.yaml", "type=extractor")

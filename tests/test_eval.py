@@ -1,283 +1,247 @@
-"""The metrics: by hand, against the paper's Table 2, their intervals, and the command line."""
-import doctest
+"""A model's figures on its held-out turns, and runs beside Table 1: the paper's numbers and orderings."""
 import json
-import math
 import os
-import random
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import yaml
 
 import config
 import eval as evaluation
-import hindsight
-from data import InputError, cli, write_jsonl
+from metrics import by_session, intervals, load_graded, metrics, summarise
+from records import InputError, Rollout, write_json, write_jsonl
+from world import LEXICON, write_lines
 
-ROOT = Path(__file__).parents[1]
-
-
-def rollout(truth, decision, r_a=0.0, omega=0.0, turn_id="a_1", response="q", **more):
-    return {"turn_id": turn_id, "sample": 0, "response": response, "truth": truth, "decision": decision, "r_a": r_a,
-            "r_s": float(truth == decision), "omega": omega, "reward": 99.0, **more}
+COLUMNS = "wa wa_gh wc ws aa fc tr".split()
 
 
-HAND = [rollout("continue", "continue", 1.0, 1.0), rollout("continue", "continue", 0.5, 0.5, "a_2", " q "),
-        rollout("continue", "continue", None, None, "a_2"), rollout("continue", "stop", 0.0, 0.0, "a_2", "<stop />"),
-        rollout("stop", "stop", 1.0, 0.0, "b_1"), rollout("stop", "continue", 0.0, 1.0, "b_2")]
-
-
-def test_docstring_examples():
-    assert doctest.testmod(evaluation).failed == 0
-    assert evaluation.score_matrix([rollout("continue", "continue", 0.5, 1.0)])[0].tolist() == pytest.approx(
-        [0.5, 0, 1, math.nan, 1, 1, 3, 0.5], nan_ok=True)
-
-
-def test_by_hand():
-    m = evaluation.metrics(HAND)
-    assert m == pytest.approx({
-        "wa": 0.75, "wa_gh": 0.5, "wc": 3 / 4, "ws": 1 / 2, "aa": 4 / 6, "fc": 2.5 / 5, "wa_all": 1.5 / 3,
-        "tr": (4 + 2.5 + 0 + 3 + 1) / 5,  # the stored reward (99) is not trusted; the failed one is left out, not 0
-        "n": 6, "failed": 1, "top_share": 3 / 4, "distinct": 2})
-
-
-def test_failed_grading_with_a_known_omega():
-    m = evaluation.metrics([rollout("continue", "continue", None, 0.5), rollout("continue", "continue", 1.0, 1.0)])
-    assert (m["wa"], m["fc"], m["tr"], m["failed"], m["wc"]) == (1.0, 0.75, 4.0, 1, 1.0)
-
-
-@pytest.mark.parametrize("graded, none", [
-    ([], ["wa", "wa_gh", "wc", "ws", "aa", "fc", "tr", "wa_all", "top_share"]),
-    ([rollout("stop", "stop", 1.0, 1.0)], ["wa", "wa_gh", "wc", "wa_all", "top_share"]),
-    ([rollout("continue", "stop")], ["wa", "wa_gh", "ws"]),
-    ([rollout("continue", "continue", None, None)], ["wa", "wa_gh", "ws", "fc", "tr", "wa_all"])])
-def test_empty_denominators_are_none(graded, none, recwarn):
-    m, ci = evaluation.metrics(graded), evaluation.intervals(graded, n_boot=50)
-    assert [k for k, v in m.items() if v is None] == [k for k in m if k in none]
-    assert [k for k, v in ci.items() if v is None] == [k for k in ci if k in none]
-    assert not recwarn.list and m["n"] == len(graded)
-
-
-TABLE_2 = {  # WA WA-GH WC WS AA FC TR
-    "7B base": (.501, .132, .975, .155, .751, .629, 2.174), "7B original": (.665, .413, .944, .926, .939, .915, 3.272),
-    "7B optimized": (.641, .399, .949, .910, .938, .894, 3.214),
-    "32B base": (.503, .134, .915, .521, .807, .670, 2.431),
-    "32B original": (.640, .365, .933, .877, .918, .880, 3.145),
-    "32B optimized": (.634, .366, .925, .916, .923, .889, 3.166)}
-
-
-@pytest.mark.parametrize("row", TABLE_2)
-def test_table_2_follows_from_the_definitions(row):
-    """Rollouts with the row's WA, WA-GH, WC, WS and FC have its AA and TR, with p = 0.727 truth-continue turns."""
-    wa, gh, wc, ws, aa, fc, tr = TABLE_2[row]
-    n = 20_000
-    asked, quiet = round(0.727 * n), n - round(0.727 * n)
-    right, stopped = round(wc * asked), round(ws * quiet)
-    ones, halves = round(gh * right), round(2 * (wa - gh) * right)
-    r_a = [1.0] * ones + [0.5] * halves + [0.0] * (right - ones - halves)
-    graded = [rollout("continue", "continue", a) for a in r_a] + [rollout("continue", "stop")] * (asked - right)
-    graded += [rollout("stop", "stop", 1.0)] * stopped + [rollout("stop", "continue")] * (quiet - stopped)
-    good = [i for i, g in enumerate(graded) if g["r_s"]]
-    for i in good[:round(fc * n)]:  # Omega is 0 on a wrong decision, so FC cannot exceed AA
-        graded[i] = {**graded[i], "omega": 1.0}
-    assert round(fc * n) <= len(good)
-    m = evaluation.metrics(graded)
-    given = dict(zip(("wa", "wa_gh", "wc", "ws", "fc"), (wa, gh, wc, ws, fc)))
-    assert {k: m[k] for k in given} == pytest.approx(given, abs=2e-4)
-    assert m["aa"] == pytest.approx(aa, abs=0.002) and m["tr"] == pytest.approx(tr, abs=0.002)
-    assert m["wa_all"] == pytest.approx(wa * wc, abs=3e-4)
-
-
-def test_intervals_are_resampled_by_session():
-    rng = random.Random(0)
-    graded = []
-    for s in range(60):  # sessions that are all right or all wrong: 10 turns tell no more than one
-        said, r_a = rng.choice([("stop", 1.0), ("continue", 0.0)])
-        graded += [rollout("stop", said, r_a, turn_id=f"x_{s}_{t}") for t in range(10)]
-    aa = evaluation.metrics(graded)["aa"]
-    low, high = evaluation.intervals(graded)["aa"]
-    by_session = 2 * 1.96 * math.sqrt(aa * (1 - aa) / 60)
-    assert low < aa < high and high - low == pytest.approx(by_session, rel=0.15)  # by turn: a third of that
-    assert evaluation.intervals(graded) == evaluation.intervals(graded) != evaluation.intervals(graded, seed=1)
-    assert evaluation.intervals(graded[:10], n_boot=20)["aa"] == [graded[0]["r_s"]] * 2  # one session: no spread
-
-
-def test_intervals_agree_with_a_plain_loop():
-    rng = random.Random(1)
-    graded = [rollout("continue", "continue", rng.choice([0.0, 0.5, 1.0]), rng.choice([0.0, 1.0]), f"{s}_{t}")
-              for s in range(30) for t in range(rng.randint(1, 8))]
-    sessions = {}
-    for g in graded:
-        sessions.setdefault(g["turn_id"].split("_")[0], []).append(g["r_a"])
-    draws = []
-    for _ in range(2000):
-        drawn = [a for s in rng.choices(list(sessions), k=30) for a in sessions[s]]
-        draws.append(sum(drawn) / len(drawn))
-    draws.sort()
-    assert evaluation.intervals(graded)["wa"] == pytest.approx([draws[50], draws[1949]], abs=0.015)
-
-
-def test_table_is_aligned_markdown():
-    lines = evaluation.table({"base": evaluation.metrics(HAND), "a longer name": evaluation.metrics([])}).splitlines()
-    assert len({len(line) for line in lines}) == 1 and len(lines) == 4
-    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
-    assert cells[0][1:8] == ["WA", "WA-GH", "WC", "WS", "AA", "FC", "TR"]
-    assert cells[2][:4] == ["base", "0.750", "0.500", "0.750"] and cells[3][1] == "-"
-
-
-# ------------------------------------------------------------------------------------------------ command line
-
-def test_graded_file_gives_the_table_and_one_json_line(tmp_path):
-    path = tmp_path / "graded.jsonl"
-    path.write_text("\n".join(map(json.dumps, HAND)), encoding="utf-8")
-    done = subprocess.run([sys.executable, "eval.py", "--graded", path], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    *shown, last = done.stdout.splitlines()
-    assert shown[0].split()[2:10] == ["WA", "|", "WA-GH", "|", "WC", "|", "WS", "|"] and "0.750" in shown[2]
-    last = json.loads(last)
-    intervals = last.pop("intervals")
-    assert last == evaluation.metrics(HAND) and intervals == evaluation.intervals(HAND)
-
-
-@pytest.mark.parametrize("change, says", [
-    ({"r_a": "1"}, "r_a must be a number from 0 to 1, not '1'"), ({"r_a": math.nan}, "r_a must be a number"),
-    ({"r_a": True}, "r_a must be a number"), ({"omega": 2}, "omega must be a number"),
-    ({"r_s": None}, "r_s must be a number"),
-    ({"r_s": 0.0}, "r_s is 0.0 though truth"), ({"truth": "go"}, "truth 'go'"), ({"decision": None}, "decision None"),
-    ({"turn_id": 3}, "'turn_id' is missing"), ({"response": None}, "'response' is missing"),
-    ({"truth": "stop", "decision": "stop", "r_a": None}, "r_a is null, which only")])
-def test_a_bad_line_names_file_and_line(tmp_path, change, says):
-    path = tmp_path / "graded.jsonl"
-    good = rollout("continue", "continue", 1.0, 1.0)
-    path.write_text(json.dumps(good) + "\n" + json.dumps({**good, **change}) + "\n")
-    with pytest.raises(InputError) as error:
-        evaluation.load_graded(path)
-    assert str(error.value).startswith(f"{path}:2: ") and says in str(error.value)
-
-
-def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "bad.jsonl").write_text("{}\n{")
-    for name, says in (("none", "no such file"), ("empty.jsonl", "no graded"), ("bad.jsonl", "bad.jsonl:1: 'turn_id'")):
-        monkeypatch.setattr(sys, "argv", ["eval.py", "--graded", str(tmp_path / name)])
-        with pytest.raises(SystemExit) as ended:
-            cli(evaluation.main)
-        out, err = capsys.readouterr()
-        assert ended.value.code == 2 and says in err and err.count("\n") == 1 and not out
-
-
-# ------------------------------------------------------------------------------------------- a model's figures, and runs
-
-LEXICON = """
-goal: advise
-yes: ["yes"]
-no: ["no"]
-openers: [how]
-generic_questions: ["else"]
-attributes: {duration: {asks: ["how long"], values: {two days: ["two days"]}}}
-complaints: {cough: {cues: ["cough"], attributes: [duration]}}
-"""
+def rollouts(scores):
+    """{session: [R_a of its turns, all right questions]} -> list of Rollout."""
+    same = dict(sample=0, truth="continue", decision="continue", r_s=1.0, omega=1.0, reward=0.0)
+    return [Rollout(turn_id=f"{session}_{i}", response=f"q{r_a}", r_a=r_a, **same)
+            for session, values in scores.items() for i, r_a in enumerate(values)]
 
 
 @pytest.fixture
+def show(call, capsys):
+    """show(*arguments): what eval.py prints."""
+    def show(*arguments):
+        capsys.readouterr()
+        call(evaluation, *arguments)
+        return capsys.readouterr().out
+
+    return show
+
+
+# ---------------------------------------------------------------------------------------- a file of rollouts
+
+def test_graded_file_gives_the_table_and_one_json_line(tmp_path, show):
+    graded = rollouts({"s": [1.0, 0.5], "t": [0.0]})
+    write_jsonl(tmp_path / "graded.jsonl", graded)
+    *shown, last = show("--graded", tmp_path / "graded.jsonl").splitlines()
+    assert shown[0].split()[2:10] == "WA | WA-GH | WC | WS |".split() and "0.500" in shown[2]
+    assert json.loads(last) == {**metrics(graded), "intervals": intervals(graded)}
+
+
+def test_errors_are_one_line(tmp_path, refused):
+    write_lines(tmp_path / "empty.jsonl", [])
+    write_lines(tmp_path / "bad.jsonl", ["{}", "{"])
+    for name, says in (("none", "no such file"), ("empty.jsonl", "no graded"),
+                       ("bad.jsonl", "bad.jsonl:1: turn_id is missing")):
+        assert says in refused(evaluation, "--graded", tmp_path / name)
+
+
+# ------------------------------------------------------------------------------------------ a model's figures
+
+@pytest.fixture
 def run(tmp_path, tiny_checkpoint):
-    """A run folder with three turns of two sessions, its config's arguments, and no training yet."""
-    (tmp_path / "lexicon.yaml").write_text(LEXICON)
+    """A run folder with three turns of two sessions and no training yet, and its config's arguments."""
+    folder = tmp_path / "run"
+    (tmp_path / "lexicon.yaml").write_text(yaml.safe_dump(LEXICON))
     opening = {"role": "user", "content": "a cough"}
     told = [opening, {"role": "assistant", "content": "How long?"}, {"role": "user", "content": "two days"}]
-    turns = [{"turn_id": f"{s}_{i}", "session_id": s, "goal": "advise", "context": c, "expert": None, "target": t, "decision": d}
-             for s, i, c, t, d in (("a", 1, [opening], ["duration: two days"], "continue"), ("a", 2, told, [], "stop"),
-                                   ("b", 1, [opening], ["duration: two days"], "continue"))]
-    write_jsonl(tmp_path / "run" / "turns" / "eval.jsonl", turns)
-    config = tmp_path / "cfg.yaml"
-    config.write_text("rollout: {max_new_tokens: 4, max_rows: 8}\neval: {samples: 3, temperature: 0.7, top_p: 0.9}\n")
-    return tmp_path / "run", [str(config), f"run_dir={tmp_path / 'run'}", f"model.path={tiny_checkpoint}",
-                              f"data.lexicon={tmp_path / 'lexicon.yaml'}"]
+    turns = [{"turn_id": f"{s}_{i}", "session_id": s, "context": context, "target": target,
+              "decision": "continue" if target else "stop"}
+             for s, i, context, target in (("a", 1, [opening], ["duration: two"]), ("a", 2, told, []),
+                                           ("b", 1, [opening], ["duration: two"]))]
+    write_jsonl(folder / "turns" / "eval.jsonl", turns)
+    path = tmp_path / "cfg.yaml"
+    path.write_text("rollout: {max_new_tokens: 4, max_rows: 8}\n"
+                    "eval: {samples: 3, temperature: 0.7, top_p: 0.9}\n")
+    return folder, [path, f"run_dir={folder}", f"model.path={tiny_checkpoint}",
+                    f"data.lexicon={tmp_path / 'lexicon.yaml'}"]
 
 
-def call(monkeypatch, *argv):
-    monkeypatch.setattr("sys.argv", ["eval.py", *map(str, argv)])
-    evaluation.main()
-
-
-def test_a_run_that_never_trained_is_its_base_model(run, monkeypatch, capsys, tiny_checkpoint):
+def test_a_run_that_never_trained_is_its_base_model(run, show, tiny_checkpoint):
     folder, args = run
-    call(monkeypatch, *args)
-    shown = capsys.readouterr().out
+    shown = show(*args)
     assert "temperature 0.7, top-p 0.9" in shown and "greedy" in shown and "95% from" in shown
     result = json.loads((folder / "eval.json").read_text())
-    graded = evaluation.load_graded(folder / "graded.jsonl")
-    assert result["model"] == str(tiny_checkpoint) and result["n"] == len(graded) == 9 and result["greedy"]["n"] == 3
-    assert [(g["turn_id"], g["sample"]) for g in graded] == [(t, s) for t in ("a_1", "a_2", "b_1") for s in range(3)]
-    assert {k: result[k] for k in evaluation.metrics(graded)} == evaluation.metrics(graded)
-    assert len({g["response"] for g in graded if g["turn_id"] == "a_1"}) == 3  # samples differ from each other ...
-    twins = [[g["response"] for g in graded if g["turn_id"] == t] for t in ("a_1", "b_1")]
-    assert twins[0] != twins[1]  # ... and from those of another turn with the same prompt
+    graded = load_graded(folder / "graded.jsonl")
+    assert result["model"] == str(tiny_checkpoint) and result["n"] == len(graded) == 9
+    assert result["greedy"]["n"] == 3
+    assert [f"{g.turn_id} {g.sample}" for g in graded] == [
+        f"{turn} {i}" for turn in ("a_1", "a_2", "b_1") for i in range(3)]
+    assert result.items() >= metrics(graded).items()
+    a, b = ([g.response for g in graded if g.turn_id == turn] for turn in ("a_1", "b_1"))
+    assert len(set(a)) == 3  # samples differ from each other ...
+    assert a != b  # ... and from those of another turn with the same prompt
     before = (folder / "graded.jsonl").read_bytes()
-    call(monkeypatch, *args)
-    assert (folder / "graded.jsonl").read_bytes() == before  # the same noise again
+    show(*args, "reward.mode=no_rs", "reward.beta=7", "reward.omega_when_wrong=score")
+    assert (folder / "graded.jsonl").read_bytes() == before  # the same noise, whatever the training reward
 
 
-def test_the_export_is_evaluated_where_there_is_one(run, monkeypatch, make_checkpoint):
+def test_the_export_is_evaluated_where_there_is_one(run, show, make_checkpoint):
     folder, args = run
+    step = folder / "checkpoints" / "step_000002"
+
+    def refuses():
+        with pytest.raises(InputError, match="has not come to its end"):
+            show(*args)
+
     (folder / "metrics.jsonl").touch()
-    with pytest.raises(InputError, match="has not come to its end"):
-        call(monkeypatch, *args)
+    refuses()
     (folder / "metrics.jsonl").unlink()
-    (folder / "checkpoints" / "step_000002").mkdir(parents=True)
-    (folder / "checkpoints" / "step_000002" / "state.json").write_text("{}")
-    with pytest.raises(InputError, match="has not come to its end"):
-        call(monkeypatch, *args)
+    step.mkdir(parents=True)
+    (step / "state.json").write_text("{}")
+    refuses()
     shutil.copytree(make_checkpoint("qwen2", seed=5), folder / "export")
     os.utime(folder / "export")
-    call(monkeypatch, *args)
+    show(*args)
     assert json.loads((folder / "eval.json").read_text())["model"] == str(folder / "export")
-    os.utime(folder / "checkpoints" / "step_000002", (2e9, 2e9))  # training went on after that export
-    with pytest.raises(InputError, match="has not come to its end"):
-        call(monkeypatch, *args)
+    os.utime(step, (2e9, 2e9))  # training went on after that export
+    refuses()
 
 
-def test_runs_side_by_side_with_conversations(run, monkeypatch, capsys):
+def test_turns_must_be_there_and_made_with_this_config(run, show):
     folder, args = run
-    call(monkeypatch, *args)
+    other = config.load([*map(str, args), "hindsight.stop_rule=last_turn"])
+    write_json(folder / "turns" / "made.json", config.made_with(other, "turns"))
+    with pytest.raises(InputError, match="hindsight.stop_rule='last_turn', this config has 'paper'"):
+        show(*args)
+    show(*args, "hindsight.stop_rule=last_turn")
+    shutil.rmtree(folder / "turns")
+    with pytest.raises(InputError, match="run hindsight.py with this config first"):
+        show(*args)
+
+
+def test_a_prompt_that_is_too_long_is_found_before_the_model_is_loaded(run, show, monkeypatch):
+    monkeypatch.delattr(evaluation, "load_policy")
+    with pytest.raises(InputError, match="longer than rollout.max_prompt_tokens=8"):
+        show(*run[1], "rollout.max_prompt_tokens=8")
+
+
+def test_runs_side_by_side_with_conversations(run, show):
+    folder, args = run
+    show(*args)
     other = folder.with_name("other")
     shutil.copytree(folder, other)
-    capsys.readouterr()
-    call(monkeypatch, "--table", folder, other)
-    (folder.parent / "table.json").rename(folder.parent / "renamed.json")  # a glob names files beside the runs: no runs
-    capsys.readouterr()
-    call(monkeypatch, "--table", folder, other, folder.parent / "renamed.json", "--sessions", 1)
-    shown = capsys.readouterr().out
+    show("--table", folder, other)
+    file = (folder.parent / "table.json").rename(folder.parent / "renamed.json")  # a glob names it: no run
+    shown = show("--table", folder, other, file, "--sessions", 1)
     rows = [line.split("|")[1].strip() for line in shown.splitlines() if line.startswith("| **")]
     assert rows == ["**run**", "**other**"] * 2 and "Sampled (temperature 0.7, top-p 0.9)" in shown
     assert shown.count("session a") == 1 and "session b" not in shown
-    assert shown.index("user   | a cough") < shown.index("expert | How long?") < shown.index("user   | two days")
+    said = [shown.index(line) for line in ("user   | a cough", "expert | How long?", "user   | two days")]
+    assert said == sorted(said)
     assert shown.count("           run: ") == shown.count("           other: ") == 2
-    with pytest.raises(InputError, match="nowhere/eval.json does not exist"):
-        call(monkeypatch, "--table", "nowhere")
 
 
-def test_evaluation_needs_turns(run, monkeypatch):
-    folder, args = run
-    shutil.rmtree(folder / "turns")
-    with pytest.raises(InputError, match="run hindsight.py with this config first"):
-        call(monkeypatch, *args)
+# --------------------------------------------------------------------------------------------- beside Table 1
+
+# Typed apart from eval.TABLE_1 (7B | 32B: WA WA-GH WC WS AA FC TR).
+TYPED = """
+base  | .50 .13 .98 .16 .75 .63 2.17 | .50 .13 .92 .52 .81 .67 2.43
+sft   | .40 .08 .94 .74 .89 .57 2.41 | .43 .11 .94 .87 .93 .69 2.70
+dpo   | .42 .05 .94 .36 .78 .19 1.78 | .23 .04 .52 .87 .62 .18 1.61
+grpo  | .67 .41 .94 .93 .94 .92 3.27 | .64 .37 .93 .88 .92 .88 3.15
+no_ra | .63 .34 1.00 .02 .73 .70 2.35 | .57 .26 .97 .33 .79 .74 2.52
+no_rs | .52 .19 .96 .87 .93 .92 3.06 | .54 .19 .95 .91 .94 .92 3.12
+sum   | .64 .38 .92 .95 .93 .91 3.20 | .65 .37 .94 .88 .92 .90 3.19
+gspo  | .61 .31 .93 .94 .93 .91 3.16 | .62 .32 .95 .86 .93 .89 3.12
+cispo | .71 .47 .95 .94 .95 .93 3.36 | .70 .49 .94 .89 .93 .92 3.29
+"""
 
 
-def test_evaluation_does_not_depend_on_the_training_reward(run, monkeypatch):
-    folder, args = run
-    call(monkeypatch, *args)
-    plain = (folder / "graded.jsonl").read_bytes()
-    call(monkeypatch, *args, "reward.mode=no_rs", "reward.beta=7", "reward.omega_when_wrong=score")
-    assert (folder / "graded.jsonl").read_bytes() == plain
+@pytest.mark.parametrize("line", TYPED.strip().splitlines())
+def test_the_papers_numbers_and_its_formulas(line):
+    """With 72.7% continue turns AA and TR follow from the other columns (but TR not in the DPO row)."""
+    name, *sizes = line.split("|")
+    p, found = 0.727, evaluation.PAPER[name.strip()]
+    assert list(found) == ["7b", "32b"] and len(evaluation.PAPER) == 9
+    for typed, figures in zip(sizes, found.values(), strict=True):
+        wa, _, wc, ws, aa, fc, tr = numbers = list(map(float, typed.split()))
+        assert figures == dict(zip(COLUMNS, numbers, strict=True))
+        assert p * wc + (1 - p) * ws == pytest.approx(aa, abs=0.03)
+        if name.strip() != "dpo":
+            assert p * wc * (1 + 2 * wa) + 3 * (1 - p) * ws + fc == pytest.approx(tr, abs=0.031)
 
 
-def test_turns_made_with_another_config_are_refused(run, monkeypatch):
-    folder, args = run
-    made = hindsight.made_with(config.load([*args, "hindsight.stop_rule=last_turn"]))
-    write_jsonl(folder / "turns" / "made.json", [made])
-    with pytest.raises(InputError, match="hindsight.stop_rule='last_turn', this config has 'paper'"):
-        call(monkeypatch, *args)
-    call(monkeypatch, *args, "hindsight.stop_rule=last_turn")
+def write_run(folder, scores, greedy=None):
+    folder.mkdir(parents=True)
+    graded = rollouts(scores)
+    write_jsonl(folder / "graded.jsonl", graded)
+    write_jsonl(folder / "graded_greedy.jsonl", rollouts(greedy or scores))
+    write_json(folder / "eval.json", {**summarise(graded), "decoding": "temperature 1", "greedy": {}})
+    return folder
+
+
+def lines_of(view):
+    lines = [line.strip("|").split("|") for line in view.splitlines() if line[:1] == "|"]
+    return [[cell.strip() for cell in line] for line in lines]
+
+
+def test_the_view(tmp_path, show):
+    good, fair, poor = ({f"{i}": [v] * 2 for i in range(30)} for v in (1.0, 0.5, 0.0))
+    runs = [write_run(tmp_path / "base", poor), write_run(tmp_path / "sft", fair, good),
+            write_run(tmp_path / "grpo", good), write_run(tmp_path / "sum", {**good, "0": [0.5, 1.0]}),
+            write_run(tmp_path / "mine", fair)]
+    out = show("--table", *runs)
+    lines = lines_of(out)
+    names = [row[0] for row in lines]
+    assert [n for n in names if n[:2] == "**"] == "**Base** **SFT** **GRPO** **Sum** **mine**".split() * 2
+    at = names.index("**GRPO**")
+    assert [lines[at][i] for i in (1, 4, 7)] == ["1.00 [1.00, 1.00]", "-", "4.00 [4.00, 4.00]"]
+    assert [lines[at + 1][i] for i in (0, 1, 2, 7)] == ["paper", "0.67 / 0.64", "0.41 / 0.37", "3.27 / 3.15"]
+    assert names[names.index("**mine**") + 1] != "paper"
+    held = {row[0]: row[1:] for row in lines if " > " in row[0]}
+    assert list(held) == ["GRPO > SFT in TR", "SFT > Base in TR", "GRPO > Base in TR", "GRPO > Sum in TR"]
+    assert held["GRPO > SFT in TR"] == ["+0.86 / +0.45", "+1.000 [+1.000, +1.000]", "holds",
+                                        "+0.000 [+0.000, +0.000]", "undecided"]
+    assert held["GRPO > Sum in TR"][::2][:2] == ["+0.07 / -0.04", "undecided"]
+    assert "Sampled (temperature 1)" in out and (tmp_path / "table.md").read_text() in out
+    found = json.loads((tmp_path / "table.json").read_text())
+    row = found["rows"]["grpo"]
+    assert row["sampled"]["tr"] == 4 and row["paper"]["7b"]["tr"] == 3.27
+    assert set(found["rows"]["mine"]) == {"runs", "decoding", "sampled", "greedy", "tr_by_run"}
+    first = found["orderings"][0]
+    assert first["sampled"] == {"difference": 1.0, "interval": [1.0, 1.0], "verdict": "holds"}
+    assert first["paper"] == {"7b": 0.86, "32b": 0.45}
+
+
+@pytest.mark.parametrize("grpo, sft, shown", [
+    ({"s": [0.0], "t": [0.5]}, {"s": [1.0], "t": [1.0]}, ["-1.500 [-2.000, -1.000]", "the reverse"]),
+    ({"s": [1.0]}, {"other": [1.0]}, ["-", "other turns"])])
+def test_an_ordering_that_does_not_hold_or_cannot_be_compared(tmp_path, show, grpo, sft, shown):
+    runs = [write_run(tmp_path / "grpo", grpo), write_run(tmp_path / "sft", sft)]
+    assert lines_of(show("--table", *runs))[-1] == ["GRPO > SFT in TR", "+0.86 / +0.45", *shown, *shown]
+
+
+def test_runs_of_one_name_are_seeds_of_a_row(tmp_path, show):
+    """Pooled; session 0 of one world is not session 0 of the other."""
+    runs = []
+    for i, world in enumerate(({"0": [1.0], "1": [0.5]}, {"0": [0.0, 0.0]})):
+        runs.append(write_run(tmp_path / f"toy{i}" / "grpo", world))
+        runs.append(write_run(tmp_path / f"toy{i}" / "sft", {s: [0.0] * len(v) for s, v in world.items()}))
+    assert "**TR of each seed**" in show("--table", *runs)
+    summary = json.loads((tmp_path / "table.json").read_text())
+    row = summary["rows"]["grpo"]
+    assert row["sampled"]["n"] == 4 and row["sampled"]["wa"] == pytest.approx(1.5 / 4)
+    assert row["tr_by_run"] == [pytest.approx(3.5), pytest.approx(2.0)] and len(row["runs"]) == 2
+    assert summary["orderings"][0]["sampled"]["difference"] == pytest.approx(0.75)
+    assert len(by_session(evaluation.read_rows(runs)["grpo"]["sampled"])[0]) == 3
+
+
+def test_a_run_without_evaluation(tmp_path, show):
+    with pytest.raises(InputError, match="nowhere/eval.json does not exist: run eval.py"):
+        show("--table", tmp_path / "nowhere")

@@ -1,5 +1,7 @@
-"""Shared-prefix packing equals the computation that repeats the prompt for every answer; sharing out loses nothing."""
+"""Shared-prefix packing equals the computation that repeats the prompt for every response; sharing out loses
+nothing."""
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,142 +11,145 @@ import model as decoder
 import pack
 from bench.common import peak_bytes
 from conftest import VOCAB, make_model
-from pack import Tree, balance, logprobs, split_tree
+from pack import Branch, Tree, balance, logprobs, split_tree
 from train_grpo import gspo_loss
-
-TREES = [Tree([5, 9, 2, 7, 7, 30], [[3], [4, 1, 258], [8, 8, 6, 2, 258], [3, 258]], [(0, 0), (0, 1), (0, 2), (0, 3)]),
-         Tree([11], [[12, 258], [13]], [(1, 0), (1, 2)]),
-         Tree([257, 40, 41], [[42, 43, 44, 258]], [(2, 1)])]
+from world import alone
 
 
-def tiny(seed=0, dtype=torch.float64, **overrides):
-    """The project's decoder with the weights of a tiny transformers model, in memory. -> (ours, transformers')."""
-    hf = make_model("qwen2", seed=seed, attn_implementation="eager", **overrides).to(dtype)
-    shape = decoder.Shape(VOCAB, 32, 2, 4, 2, 8, 48, 1e-6, 10000.0, None, True, False, False, hf.config.tie_word_embeddings)
+def make_tree(b, prompt, *responses):
+    return Tree(prompt, [Branch(tokens, (b, i), [i - t / 9 for t in tokens], i - 0.5)
+                         for i, tokens in enumerate(responses)])
+
+
+TREES = [make_tree(0, [5, 9, 2, 7, 7, 30], [3], [4, 1, 258], [8, 8, 6, 2, 258], [3, 258]),
+         make_tree(1, [11], [12, 258], [13]),
+         make_tree(2, [257, 40, 41], [42, 43, 44, 258])]
+PAIRS = [(tree, branch) for tree in TREES for branch in tree.branches]
+WEIGHTS = torch.linspace(-1.0, 2.0, 18, dtype=torch.float64)  # one for each response token
+
+
+def tiny(dtype=torch.float64, **overrides):
+    """The project's decoder with the weights of a tiny transformers model. -> (ours, transformers')"""
+    hf = make_model("qwen2", attn_implementation="eager", **overrides).to(dtype)
+    tied = hf.config.tie_word_embeddings
+    shape = decoder.Shape(VOCAB, 32, 2, 4, 48, 2, 8, 1e-6, 10000.0, None, True, False, False, tied)
     ours = decoder.Decoder(shape).to(dtype)
     ours.load_state_dict({k: v for k, v in hf.state_dict().items() if k in ours.state_dict()})
     return ours, hf
 
 
-def alone(model, prompt, answer, temperature):
-    """Log-probs [R] and entropies [R] of one answer with a prompt of its own, by the plainest causal attention."""
-    def attend(layer, q, k, v):
-        q, k, v = (x.transpose(0, 1) for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
-        score = (q @ k.transpose(1, 2)) / q.shape[-1] ** 0.5
-        future = torch.ones(score.shape[1:], dtype=torch.bool).triu(1)
-        return (score.masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(0, 1)
-
-    tokens = torch.tensor(prompt + answer)
-    logits = model(tokens, torch.arange(len(tokens)), attend)[len(prompt) - 1:-1]
-    logp = F.log_softmax(logits / temperature, -1)
-    return logp[torch.arange(len(answer)), answer], -(logp.exp() * logp).sum(-1)
+@pytest.fixture
+def model():
+    return tiny()[0]
 
 
 def gradients(model, value):
     return torch.autograd.grad(value, list(model.parameters()))
 
 
-def weights(n):
-    return torch.linspace(-1.0, 2.0, n, dtype=torch.float64)
+def close(got, want, rtol=1e-9, atol=1e-10):
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda m: f"{i}: {m}")
+
+
+def scores(logits, targets):
+    """Log-probs of the targets and entropies, the plain way."""
+    logp = F.log_softmax(logits, -1)
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_packed_equals_unshared(temperature):
-    model, _ = tiny()
-    packed = pack.pack(TREES)
-    assert packed.tokens.numel() == sum(t.size() for t in TREES)
-    logp, entropy = logprobs(model, packed, temperature, entropy=True)
-    want = [alone(model, t.prompt, a, temperature) for t in TREES for a in t.answers]
-    want_logp, want_entropy = (torch.cat(x) for x in zip(*want))
-    torch.testing.assert_close(logp, want_logp, rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(entropy, want_entropy, rtol=1e-11, atol=1e-12)
-    w = weights(len(logp))
-    got = gradients(model, (w * logp).sum() + (w.flip(0) * entropy).sum())
-    expected = gradients(model, (w * want_logp).sum() + (w.flip(0) * want_entropy).sum())
-    for name, a, b in zip(dict(model.named_parameters()), got, expected):
-        assert b.abs().max() > 0, name
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10, msg=lambda m: f"{name}: {m}")
+def test_packed_equals_unshared(model, temperature):
+    batch = pack.pack(TREES)
+    assert len(batch.tokens) == tokens_of(TREES)
+    got = logprobs(model, batch, temperature, entropy=True)
+    want = [alone(model, tree.prompt, branch.tokens, temperature) for tree, branch in PAIRS]
+    want = [torch.cat(x) for x in zip(*want)]
+    close(got, want, rtol=1e-11, atol=1e-12)
+    got, want = (gradients(model, (WEIGHTS * logp).sum() + (WEIGHTS.flip(0) * entropy).sum())
+                 for logp, entropy in (got, want))
+    assert all(g.abs().max() > 0 for g in want)
+    close(got, want)
 
 
 def test_packed_equals_transformers():
-    model, hf = tiny(dtype=torch.float32, tie_word_embeddings=False)
-    packed = pack.pack(TREES)
-    logp, entropy = logprobs(model, packed, 1.0, entropy=True)
-    want_logp, want_entropy = [], []
-    for t in TREES:
-        for a in t.answers:
-            full = F.log_softmax(hf(torch.tensor([t.prompt + a])).logits[0, len(t.prompt) - 1:-1].float(), -1)
-            want_logp.append(full[torch.arange(len(a)), a])
-            want_entropy.append(-(full.exp() * full).sum(-1))
-    want_logp, want_entropy = torch.cat(want_logp), torch.cat(want_entropy)
-    torch.testing.assert_close(logp, want_logp, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(entropy, want_entropy, rtol=1e-4, atol=1e-4)
-    w = weights(len(logp)).float()
-    names = [n for n, _ in model.named_parameters()]
+    model, hf = tiny(torch.float32, tie_word_embeddings=False)
+    got = logprobs(model, pack.pack(TREES), entropy=True)
+    want = []
+    for tree, branch in PAIRS:
+        logits = hf(torch.tensor([tree.prompt + branch.tokens])).logits[0, len(tree.prompt) - 1:-1]
+        want.append(scores(logits, torch.tensor(branch.tokens)))
+    want = [torch.cat(x) for x in zip(*want)]
+    close(got, want, rtol=1e-4, atol=1e-4)
     theirs = dict(hf.named_parameters())
-    got = gradients(model, (w * logp).sum())
-    expected = torch.autograd.grad((w * want_logp).sum(), [theirs[n] for n in names])
-    for name, a, b in zip(names, got, expected):
-        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6, name
+    theirs = [theirs[name] for name, _ in model.named_parameters()]
+    expected = torch.autograd.grad((WEIGHTS.float() * want[0]).sum(), theirs)
+    for a, b in zip(gradients(model, (WEIGHTS.float() * got[0]).sum()), expected):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6
 
 
 def test_what_a_micro_batch_says_of_itself():
-    packed = pack.pack(TREES)
-    answers = [a for t in TREES for a in t.answers]
-    assert packed.targets.tolist() == sum(answers, [])
-    assert packed.seq.tolist() == [i for i, a in enumerate(answers) for _ in a]
-    assert packed.index == [i for t in TREES for i in t.index]
-    # The row that predicts an answer token holds the token before it, at the position before it.
-    before = [x for t in TREES for a in t.answers for x in [t.prompt[-1]] + a[:-1]]
-    place = [len(t.prompt) - 1 + i for t in TREES for a in t.answers for i in range(len(a))]
-    assert packed.tokens[packed.select].tolist() == before
-    assert packed.positions[packed.select].tolist() == place
+    batch = pack.pack(TREES, dtype=torch.float64)
+    branches = [b for _, b in PAIRS]
+    assert batch.names == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (2, 0)]
+    assert batch.targets.tolist() == [t for b in branches for t in b.tokens]
+    assert batch.seq.tolist() == [i for i, b in enumerate(branches) for _ in b.tokens]
+    assert batch.sampled.tolist() == batch.old.tolist() == [x for b in branches for x in b.logprobs]
+    assert batch.adv.tolist() == [b.advantage for b in branches for _ in b.tokens]
+    # The row that predicts a response token holds the token before it, at the position before it.
+    before = [x for tree, b in PAIRS for x in [tree.prompt[-1]] + b.tokens[:-1]]
+    place = [len(tree.prompt) - 1 + i for tree, b in PAIRS for i in range(len(b.tokens))]
+    assert batch.tokens[batch.select].tolist() == before
+    assert batch.positions[batch.select].tolist() == place
+    bare = pack.pack([Tree([1], [Branch([2, 3], "without log-probs and advantage")])])
+    assert bare.sampled.tolist() == bare.old.tolist() == bare.adv.tolist() == [0.0, 0.0]
+    assert (batch.sampled.dtype, bare.adv.dtype) == (torch.float64, torch.float32)
 
 
-def test_entropy_has_a_gradient_only_if_asked():
-    model, _ = tiny()
-    packed = pack.pack(TREES)
-    assert not logprobs(model, packed)[1].requires_grad and logprobs(model, packed, entropy=True)[1].requires_grad
-    torch.testing.assert_close(logprobs(model, packed)[1], logprobs(model, packed, entropy=True)[1].detach())
+def test_entropy_has_a_gradient_only_if_asked(model):
+    plain, asked = (logprobs(model, pack.pack(TREES), entropy=entropy)[1] for entropy in (False, True))
+    assert not plain.requires_grad and asked.requires_grad
+    torch.testing.assert_close(plain, asked.detach())
 
 
-def test_answers_of_one_token_only():
-    model, _ = tiny()
-    packed = pack.pack([Tree([5, 6, 7], [[1], [2]], [0, 1])])
-    assert len(packed.tokens) == 3  # no answer token needs a forward pass of its own
-    want = torch.cat([alone(model, [5, 6, 7], [a], 1.0)[0] for a in (1, 2)])
-    torch.testing.assert_close(logprobs(model, packed)[0], want, rtol=1e-11, atol=1e-12)
+def test_responses_of_one_token_only(model):
+    batch = pack.pack([make_tree(0, [5, 6, 7], [1], [2])])
+    assert len(batch.tokens) == 3  # no response token needs a forward pass of its own
+    mixed = pack.pack([make_tree(0, [5, 6, 7], [1], [2, 3])])
+    assert mixed.spans[1].q_len.tolist() == [1]  # the first response asks nothing
+    want = torch.cat([alone(model, [5, 6, 7], [token])[0] for token in (1, 2)])
+    torch.testing.assert_close(logprobs(model, batch)[0], want, rtol=1e-11, atol=1e-12)
 
 
-def test_gspo_statistics_are_per_sequence_under_packing():
-    from types import SimpleNamespace
+def test_gspo_statistics_are_per_sequence_under_packing(model):
     t = SimpleNamespace(clip_low=0.05, clip_high=0.05)
-    model, _ = tiny()
-    answers = [a for tree in TREES for a in tree.answers]
-    shifts = [0.3, -0.2, 0.02, 0.1, -0.01, -0.4, 0.04]
-    adv = [1.0, -1.0, 2.0, -0.5, 1.5, 1.0, -1.0]
-    packed = pack.pack(TREES)
-    logp = logprobs(model, packed)[0]
-    old = logp.detach() - torch.tensor(shifts, dtype=torch.float64)[packed.seq]
-    loss, figures = gspo_loss(logp, old, torch.tensor(adv, dtype=torch.float64)[packed.seq], packed.seq, t)
+    shifts = torch.tensor([0.3, -0.2, 0.02, 0.1, -0.01, -0.4, 0.04], dtype=torch.float64)
+    adv = torch.tensor([1.0, -1.0, 2.0, -0.5, 1.5, 1.0, -1.0], dtype=torch.float64)
+    batch = pack.pack(TREES)
+    logp = logprobs(model, batch)[0]
+    old = logp.detach() - shifts[batch.seq]
+    loss, figures = gspo_loss(logp, old, adv[batch.seq], batch.seq, t)
     parts = []
-    for tree in TREES:
-        for a in tree.answers:
-            i = len(parts)
-            lp = alone(model, tree.prompt, a, 1.0)[0]
-            one = torch.zeros(len(a), dtype=torch.long)
-            parts.append(gspo_loss(lp, lp.detach() - shifts[i], torch.full((len(a),), adv[i], dtype=torch.float64), one, t)[0])
-    assert 0 < figures["clip_share"].sum() < len(logp) and len(parts) == len(answers)
-    torch.testing.assert_close(loss, torch.cat(parts), rtol=1e-10, atol=1e-12)
-    for a, b in zip(gradients(model, loss.sum()), gradients(model, torch.cat(parts).sum())):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    for (tree, branch), shift, a in zip(PAIRS, shifts, adv, strict=True):
+        lp = alone(model, tree.prompt, branch.tokens)[0]
+        one = torch.zeros(len(lp), dtype=torch.long)
+        parts.append(gspo_loss(lp, lp.detach() - shift, a.expand(len(lp)), one, t)[0])
+    want = torch.cat(parts)
+    assert 0 < figures["clip_share"].sum() < len(logp)
+    torch.testing.assert_close(loss, want, rtol=1e-10, atol=1e-12)
+    close(*(gradients(model, x.sum()) for x in (loss, want)))
 
 
-# ------------------------------------------------------------------------------------------------ chunked log-probs
+# ------------------------------------------------------------------------------------------ chunked log-probs
 
-def plain_scores(x, weight, targets, temperature):
-    logp = F.log_softmax(x @ weight.T / temperature, -1)
-    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+def both_ways(monkeypatch, chunk, x, weight, targets, entropy):
+    """Log-probs, entropies and gradients, `chunk` tokens at a time and plainly."""
+    monkeypatch.setattr(pack, "LOGITS", chunk * len(weight))
+    for logp, h in (pack.TokenLogprobs.apply(x, weight, targets, 0.7, entropy),
+                    scores(x @ weight.T / 0.7, targets)):
+        w = torch.arange(len(x), device=x.device).cos().to(logp.dtype)
+        loss = (w * logp).sum() + (w.flip(0) * h).sum() * entropy
+        yield [logp, h, *torch.autograd.grad(loss, (x, weight))]
 
 
 @pytest.mark.parametrize("entropy", [False, True])
@@ -152,29 +157,25 @@ def plain_scores(x, weight, targets, temperature):
 def test_chunked_logprobs_are_plain_ones(monkeypatch, rows, entropy):
     g = torch.Generator().manual_seed(rows)
     x, weight = (torch.randn(n, 6, generator=g, dtype=torch.float64, requires_grad=True) for n in (11, 29))
-    targets, (a, b) = torch.randint(0, 29, (11,), generator=g), torch.randn(2, 11, generator=g, dtype=torch.float64)
-    monkeypatch.setattr(pack, "LOGITS", rows * 29)
+    targets = torch.randint(0, 29, (11,), generator=g)
+    got, want = both_ways(monkeypatch, rows, x, weight, targets, entropy)
     assert len(pack.chunks(x, weight)) == -(-11 // rows)
-    got, want = pack.TokenLogprobs.apply(x, weight, targets, 0.7, entropy), plain_scores(x, weight, targets, 0.7)
-    for p, q in zip(got, want):
-        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
     assert got[1].requires_grad == entropy
-    losses = [(a * logp).sum() + (b * h).sum() * entropy for logp, h in (got, want)]
-    for p, q in zip(*(torch.autograd.grad(loss, (x, weight)) for loss in losses)):
-        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+    close(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_chunked_logprobs_in_bfloat16(monkeypatch):
-    """Logits rounded to bfloat16 as the plain way does, everything after in float32; the weight's gradient is summed in float32."""
+    """Logits rounded to bfloat16 as the plain way does, everything after in float32; the weight's gradient is
+    summed in float32."""
     g = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 16, generator=g).bfloat16().requires_grad_() for n in (200, 50))
     targets = torch.randint(0, 50, (200,), generator=g)
     monkeypatch.setattr(pack, "LOGITS", 50)
     logp, entropy = pack.TokenLogprobs.apply(x, weight, targets, 1.0, False)
     assert logp.dtype == entropy.dtype == torch.float32
-    torch.testing.assert_close(logp, (x @ weight.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0])
+    torch.testing.assert_close(logp, scores((x @ weight.T).float(), targets)[0])
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
-    wanted = torch.autograd.grad(plain_scores(*exact, targets, 1.0)[0].sum(), exact)
+    wanted = torch.autograd.grad(scores(exact[0] @ exact[1].T, targets)[0].sum(), exact)
     for got, want in zip(torch.autograd.grad(logp.sum(), (x, weight)), wanted):
         assert (got.double() - want).norm() < 0.004 * want.norm()
 
@@ -191,60 +192,58 @@ def test_memory_of_the_logprobs_does_not_grow_with_tokens_times_vocabulary(monke
     chunked = {(M, V): peak(M, V, lambda x, w, t: pack.TokenLogprobs.apply(x, w, t, 1.0, False))
                for M in (512, 4096) for V in (512, 4096)}
     for (M, V), took in chunked.items():
-        linear = 4 * (3 * V * H + M * (H + 5))  # gradients of weight (and two sums on their way) and hidden states, a few numbers a token
+        # gradients of weight (and two sums on their way) and of hidden states, a few numbers a token
+        linear = 4 * (3 * V * H + M * (H + 5))
         assert took < 2 * 4 * 2 ** 16 + linear + 8192, (M, V)
-    assert peak(4096, 4096, lambda x, w, t: plain_scores(x, w, t, 1.0)) > 20 * chunked[4096, 4096]
+    assert peak(4096, 4096, lambda x, w, t: scores(x @ w.T, t)) > 20 * chunked[4096, 4096]
 
 
-# ------------------------------------------------------------------------------------------- activation checkpointing
+# ------------------------------------------------------------------- activation checkpointing, torch.compile
 
-def test_activation_checkpointing_changes_nothing_but_what_is_kept():
-    model, _ = tiny()
-    packed, kept = pack.pack(TREES), {}
-    w = weights(len(packed.targets))
-    grads = {}
+def test_activation_checkpointing_changes_nothing_but_what_is_kept(model):
+    kept, grads = {}, {}
     for checkpointed in (False, True):
         for layer in model.model.layers:
             layer.checkpointed = checkpointed
-        kept[checkpointed] = 0
-
-        def count(t):
-            kept[checkpointed] += t.numel()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-            logp, _ = logprobs(model, packed)
-        grads[checkpointed] = gradients(model, (w * logp).sum())
-    for a, b in zip(grads[True], grads[False]):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
+            logp, _ = logprobs(model, pack.pack(TREES))
+        kept[checkpointed] = sum(saved)
+        grads[checkpointed] = gradients(model, (WEIGHTS * logp).sum())
+    close(grads[True], grads[False], rtol=1e-12, atol=1e-12)
     assert kept[True] < 0.5 * kept[False]
 
 
-def test_compiled_layers_compute_the_same():
-    """torch.compile without the code generator of a backend: what it traces is one graph for each part, forward and backward."""
-    model, _ = tiny()
-    packed = pack.pack(TREES)
-    w = weights(len(packed.targets))
-    want = gradients(model, (w * logprobs(model, packed)[0]).sum())
+@pytest.mark.slow
+def test_compiled_layers_compute_the_same(model):
+    """torch.compile without the code generator of a backend: what it traces is one graph for each part,
+    forward and backward."""
+    def trained():
+        return gradients(model, (WEIGHTS * logprobs(model, pack.pack(TREES))[0]).sum())
+
+    want = trained()
     for layer in model.model.layers:
-        layer.before, layer.after = (torch.compile(f, dynamic=True, backend="aot_eager", fullgraph=True) for f in (layer.before, layer.after))
-    for a, b in zip(gradients(model, (w * logprobs(model, packed)[0]).sum()), want):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        layer.before, layer.after = (torch.compile(f, dynamic=True, backend="aot_eager", fullgraph=True)
+                                     for f in (layer.before, layer.after))
+    close(trained(), want, rtol=1e-10, atol=1e-12)
 
 
-# --------------------------------------------------------------------------------------------------- sharing out
+# ------------------------------------------------------------------------------------------------ sharing out
 
-def test_dummy_gives_zero_gradient():
-    model, _ = tiny()
-    packed = pack.pack([])
-    assert packed.index == []
-    (logprobs(model, packed)[0].sum() * 0.0).backward()
+def test_dummy_gives_zero_gradient(model):
+    batch = pack.pack([])
+    assert batch.names == [] and batch.sampled.tolist() == batch.adv.tolist() == batch.old.tolist() == [0.0]
+    (logprobs(model, batch)[0].sum() * 0.0).backward()
     assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
 
 
 def random_trees(rng, n):
-    return [Tree([0] * rng.randint(1, 30), [[1] * rng.randint(1, 20) for _ in range(g)], [(b, i) for i in range(g)])
+    return [make_tree(b, [0] * rng.randint(1, 30), *([1] * rng.randint(1, 20) for _ in range(g)))
             for b, g in enumerate(rng.choices(range(1, 6), k=n))]
+
+
+def tokens_of(trees):
+    return sum(t.size() for t in trees)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
@@ -255,65 +254,52 @@ def test_balance(world, budget):
         trees = random_trees(rng, n)
         ranks = balance([part for tree in trees for part in split_tree(tree, budget)], world, budget)
         assert len(ranks) == world
-        assert len({len(bins) for bins in ranks}) == 1 and len(ranks[0]) >= 1  # FSDP: as many passes on every rank
+        assert len({len(bins) for bins in ranks}) == 1 and ranks[0]  # FSDP: as many passes on every rank
         parts = [t for bins in ranks for bin in bins for t in bin]
-        everything = sorted((i, tuple(a)) for t in parts for i, a in zip(t.index, t.answers))
-        assert everything == sorted((i, tuple(a)) for t in trees for i, a in zip(t.index, t.answers))
-        prompts = {t.index[0][0]: t.prompt for t in trees}
-        assert all(t.prompt == prompts[i[0]] for t in parts for i in t.index)
+        found = sorted((b for t in parts for b in t.branches), key=lambda b: b.name)
+        assert found == [b for t in trees for b in t.branches]
+        assert all(t.prompt == trees[b.name[0]].prompt for t in parts for b in t.branches)
         for bins in ranks:
-            for bin in bins:  # over the budget only where a single answer with its prompt is
-                size = sum(t.size() for t in bin)
-                assert size <= budget or (len(bin) == 1 and len(bin[0].answers) == 1)
-        load = [sum(t.size() for bin in bins for t in bin) for bins in ranks]
+            for bin in bins:  # over the budget only where a single response with its prompt is
+                assert tokens_of(bin) <= budget or (len(bin) == 1 and len(bin[0].branches) == 1)
+        load = [sum(map(tokens_of, bins)) for bins in ranks]
         if parts:
             assert max(load) - min(load) <= max(t.size() for t in parts)
 
 
-def test_no_more_micro_batches_than_first_fit_needs():
-    trees = [Tree([0] * 10, [[1]], [(b, 0)]) for b in range(8)]
+def test_as_few_micro_batches_as_first_fit_needs_and_ranks_balanced_by_tokens():
+    trees = [make_tree(b, [0] * 10, [1]) for b in range(8)]
     assert len(balance(trees, 1, 40)[0]) == 2 and len(balance(trees, 2, 40)[0]) == 1
+    trees = [make_tree(b, [0] * n, [1]) for b, n in enumerate([100] + [10] * 10)]
+    assert [sum(map(tokens_of, bins)) for bins in balance(trees, 2, 1000)] == [100, 100]
 
 
-def test_ranks_are_balanced_by_tokens_not_by_trees():
-    trees = [Tree([0] * n, [[1]], [(b, 0)]) for b, n in enumerate([100] + [10] * 10)]
-    assert [sum(t.size() for bin in bins for t in bin) for bins in balance(trees, 2, 1000)] == [100, 100]
-
-
-def test_a_tree_that_fits_is_not_split():
+@pytest.mark.parametrize("budget", [1, 8, 10, 12, TREES[0].size() - 1])
+def test_split_is_exact_and_only_over_the_budget(model, budget):
     tree = TREES[0]
-    assert [t.answers for t in split_tree(tree, tree.size())] == [tree.answers]
-    assert len(split_tree(tree, tree.size() - 1)) > 1
-
-
-@pytest.mark.parametrize("budget", [1, 8, 10, 12])
-def test_split_is_exact(budget):
-    model, _ = tiny()
-    tree, w = TREES[0], weights(11)
+    assert split_tree(tree, tree.size()) == [tree]
     parts = split_tree(tree, budget)
-    assert len(parts) > 1 and [i for p in parts for i in p.index] == tree.index
+    assert len(parts) > 1 and [b for p in parts for b in p.branches] == tree.branches
     whole = logprobs(model, pack.pack([tree]))[0]
     split = torch.cat([logprobs(model, pack.pack([p]))[0] for p in parts])
     torch.testing.assert_close(split, whole, rtol=1e-11, atol=1e-12)
-    for a, b in zip(gradients(model, (w * split).sum()), gradients(model, (w * whole).sum())):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    close(*(gradients(model, (WEIGHTS[:11] * logp).sum()) for logp in (split, whole)))
 
 
-# ---------------------------------------------------------------------------------------------------------------- GPU
+# -------------------------------------------------------------------------------------------------------- GPU
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
-def test_cuda_shared_gradients_equal_unshared(dtype, tolerance):
-    """A tree against the same answers each with a prompt of its own, both on CUDA, and against float64 on the CPU."""
-    exact, _ = tiny()
-    model = decoder.Decoder(exact.shape).to("cuda", dtype)
-    model.load_state_dict(exact.state_dict())
-    w = weights(sum(len(a) for t in TREES for a in t.answers))
-    alone = [Tree(t.prompt, [a], [i]) for t in TREES for a, i in zip(t.answers, t.index)]
-    want = gradients(exact, (w * logprobs(exact, pack.pack(TREES))[0]).sum())
-    for trees in (TREES, alone):
-        logp, _ = logprobs(model, pack.pack(trees, "cuda"))
-        for a, b in zip(gradients(model, (w.cuda() * logp).sum()), want):
+def test_cuda_shared_gradients_equal_unshared(model, dtype, tolerance):
+    """A tree against the same responses each with a prompt of its own, both on CUDA, and against float64 on
+    the CPU."""
+    cuda = decoder.Decoder(model.shape).to("cuda", dtype)
+    cuda.load_state_dict(model.state_dict())
+    unshared = [Tree(tree.prompt, [branch]) for tree, branch in PAIRS]
+    want = gradients(model, (WEIGHTS * logprobs(model, pack.pack(TREES))[0]).sum())
+    for trees in (TREES, unshared):
+        logp, _ = logprobs(cuda, pack.pack(trees, "cuda"))
+        for a, b in zip(gradients(cuda, (WEIGHTS.cuda() * logp).sum()), want):
             assert (a.cpu().double() - b).norm() <= tolerance * b.norm() + 1e-4
 
 
@@ -323,8 +309,5 @@ def test_cuda_chunked_logprobs_are_plain_ones(monkeypatch, entropy):
     g = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 64, generator=g).cuda().requires_grad_() for n in (300, 5000))
     targets = torch.randint(0, 5000, (300,), generator=g).cuda()
-    monkeypatch.setattr(pack, "LOGITS", 70 * 5000)
-    got, want = pack.TokenLogprobs.apply(x, weight, targets, 0.7, entropy), plain_scores(x, weight, targets, 0.7)
-    losses = [logp.sum() + h.sum() * entropy for logp, h in (got, want)]
-    for p, q in zip([*got, *torch.autograd.grad(losses[0], (x, weight))], [*want, *torch.autograd.grad(losses[1], (x, weight))]):
+    for p, q in zip(*both_ways(monkeypatch, 70, x, weight, targets, entropy)):
         assert (p - q).norm() <= 1e-4 * q.norm()

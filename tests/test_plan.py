@@ -1,264 +1,310 @@
-"""The memory plan: against measured peaks (every tensor counted), what it prints, what it refuses, what it advises."""
+"""The memory plan: against measured peaks (every tensor counted), what it prints, refuses and advises."""
 import gc
-import importlib
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import checkpoint
 import config
-import data
+import eval as evaluation
+import grading
+import hindsight
 import model as decoder
 import pack
+import pairs
 import parallel
 import plan
+import records
 import rollout
+import run as running
 import train_grpo
-import training
 from bench.common import peak_bytes
-from data import InputError
-from test_config import REPO
-from test_train import make_world, refused, train
+from prompts import Prompt
+from records import InputError
+from world import REPO, make_config, make_world
 
-CPU = torch.device("cpu")
-P, R, G = 90, 20, 4  # prompt, answer, samples
-SHAPE = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
-CASES = {
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+P, R, G = 90, 20, 4  # prompt, response, samples
+SHAPE = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=512)
+TWO_LAYERS = SHAPE | dict(num_hidden_layers=2)
+WIDE_HEADS = SHAPE | dict(kind="qwen3", head_dim=32, num_key_value_heads=4)
+WIDE = TWO_LAYERS | dict(vocab_size=6000)
+CASES = {  # name: (shape of the model, config)
     "as it is": (SHAPE, {}),
-    "checkpointed": (SHAPE | dict(num_hidden_layers=8), {"train.activation_checkpointing": True}),
-    "two layers": (SHAPE | dict(num_hidden_layers=2), {}),
-    "wide vocabulary": (SHAPE | dict(vocab_size=6000, num_hidden_layers=2), {}),
-    "wide vocabulary in chunks": (SHAPE | dict(vocab_size=6000, num_hidden_layers=2, tie_word_embeddings=False), {"LOGITS": 2 ** 18}),
-    "qwen3, heads wider than the model": (SHAPE | dict(kind="qwen3", head_dim=32, num_key_value_heads=4), {}),
-    "a reference": (SHAPE, {"train.kl_coef": 0.1}),
-    "a reference, wide vocabulary": (SHAPE | dict(vocab_size=6000, num_hidden_layers=2), {"train.kl_coef": 0.1}),
-    "bfloat16": (SHAPE, {"model.dtype": "bfloat16"}),
-    "float64": (SHAPE, {"model.dtype": "float64"}),
-    "answers of one token": (SHAPE, {"rollout.max_new_tokens": 1, "train.tokens_per_microbatch": 2 * P}),
-    "one prompt of which one answer fills the budget": (SHAPE, {"train.tokens_per_microbatch": P + R}),
+    "checkpointed": (SHAPE | dict(num_hidden_layers=8), {"train__activation_checkpointing": True}),
+    "two layers": (TWO_LAYERS, {}),
+    "wide vocabulary": (WIDE, {}),
+    "wide vocabulary in chunks": (WIDE | dict(tie_word_embeddings=False), {}),
+    "qwen3, heads wider than the model": (WIDE_HEADS, {}),
+    "a reference": (SHAPE, {"train__kl_coef": 0.1}),
+    "a reference, wide vocabulary": (WIDE, {"train__kl_coef": 0.1}),
+    "bfloat16": (SHAPE, {"model__dtype": "bfloat16"}),
+    "float64": (SHAPE, {"model__dtype": "float64"}),
+    "responses of one token": (SHAPE, {"rollout__max_new_tokens": 1, "train__tokens_per_microbatch": 2 * P}),
+    "a response that fills the budget": (SHAPE, {"train__tokens_per_microbatch": P + R}),
 }
 
 
-def measured(folder, cfg, world, rank=0):
-    """Peak bytes of a training step (two micro-batches, so that gradients are there while the second is computed) and of a rollout,
-    with weights and moments."""
-    dtype, t, r = parallel.compute_dtype(cfg.model.dtype, CPU), cfg.train, cfg.rollout
+def config_of(folder, **more):
+    sizes = {"rollout__max_prompt_tokens": P, "rollout__max_new_tokens": R, "rollout__samples": G,
+             "rollout__max_rows": 4 * G, "train__prompts_per_step": 4,
+             "train__tokens_per_microbatch": 2 * (P + G * (R - 1))}
+    return make_config(model__path=str(folder), **sizes | more)
+
+
+def job_of(cfg, folder, world=1, device=CPU):
+    return plan.Job(cfg, decoder.read_shape(folder), world, device)
+
+
+def measured(folder, cfg, rank=0, world=1):
+    """Peak bytes of a training step and of a rollout, with weights and moments. The step has two
+    micro-batches, so gradients are there while the second is computed."""
+    dtype, r = parallel.compute_dtype(cfg.model.dtype, CPU), cfg.rollout
     model = parallel.load_sharded(folder, CPU, dtype)
-    reference = parallel.load_sharded(folder, CPU, dtype, trainable=False) if t.kl_coef else None
-    training.set_layers(model, t.activation_checkpointing, False)
+    reference = parallel.load_sharded(folder, CPU, dtype, trainable=False) if cfg.train.kl_coef else None
+    running.set_layers(model, cfg.train.activation_checkpointing, False)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     checkpoint.fresh_moments(model, optimizer)
-    kept = sum(checkpoint.local(p).nbytes for m in (model, reference) if m for p in m.parameters())
-    kept += sum(x.nbytes for state in optimizer.state.values() for x in map(checkpoint.local, state.values()))
-    prompts = [[7 + i] * r.max_prompt_tokens for i in range(t.prompts_per_step)]
-    with decoder.gathered(model):
-        answers = rollout.generate(model, prompts, samples=r.samples, max_new_tokens=r.max_new_tokens, temperature=1.0, ends=set(), seed=0)
-    groups = [train_grpo.Group(p, a, [0.0, 1.0, 2.0, 3.0]) for p, a in zip(prompts, answers)]
-    batch = train_grpo.prepare(groups, cfg, rank, world, CPU, torch.promote_types(dtype, torch.float32))
-    assert len(batch.packed) > 1
-    run = type("Run", (), dict(model=model, cfg=cfg, optimizer=optimizer, device=CPU))
-    gc.collect()
-    step = peak_bytes(lambda: train_grpo.train_step(run, reference, batch, True), CPU)
-    optimizer.zero_grad(set_to_none=True)
+    tensors = [p for m in (model, reference) if m for p in m.parameters()]
+    tensors += [x for state in optimizer.state.values() for x in state.values()]
+    kept = sum(checkpoint.local(x).nbytes for x in tensors)
+    prompts = [[7 + i] * r.max_prompt_tokens for i in range(cfg.train.prompts_per_step)]
 
     def sample():
         with decoder.gathered(model):
-            rollout.generate(model, prompts, samples=r.samples, max_new_tokens=r.max_new_tokens, temperature=1.0, ends=set(), seed=0)
+            return rollout.generate(model, prompts, set(), rollout.Sampling(r.samples, r.max_new_tokens))
 
+    rewards = [SimpleNamespace(reward=float(i)) for i in range(G)]
+    groups = [grading.Group(Prompt(None, p), responses, rewards) for p, responses in zip(prompts, sample())]
+    run = SimpleNamespace(cfg=cfg, rank=rank, world=world, device=CPU, dtype=dtype)
+    step = train_grpo.prepare(groups, run)
+    assert len(step.batches) > 1
     gc.collect()
-    return kept + step, kept + peak_bytes(sample, CPU)
+    training = peak_bytes(lambda: train_grpo.train_step(model, optimizer, step, cfg, reference), CPU)
+    optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    return kept + training, kept + peak_bytes(sample, CPU)
 
 
-def case(name, make_checkpoint, monkeypatch):
-    shape, overrides = CASES[name]
-    folder = make_checkpoint(shape.get("kind", "qwen2"), **{k: v for k, v in shape.items() if k != "kind"})
-    monkeypatch.setattr(pack, "LOGITS", overrides.get("LOGITS", pack.LOGITS))
-    flat = {"run_dir": "x", "model.path": str(folder), "rollout.max_prompt_tokens": P, "rollout.max_new_tokens": R, "rollout.samples": G,
-            "rollout.max_rows": 4 * G, "train.prompts_per_step": 4, "train.tokens_per_microbatch": 2 * (P + G * (R - 1))}
-    return folder, config.build(flat | {k: v for k, v in overrides.items() if k != "LOGITS"})
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_plan_is_what_is_measured(one_rank, make_checkpoint, monkeypatch, name):
-    folder, cfg = case(name, make_checkpoint, monkeypatch)
-    phases = plan.memory(cfg, decoder.read_shape(folder), 1, "cpu", parallel.compute_dtype(cfg.model.dtype, CPU))
-    for (phase, parts), peak in zip(phases.items(), measured(folder, cfg, 1)):
-        assert 0.95 * peak <= sum(parts.values()) <= 1.1 * peak, f"{phase}: {sum(parts.values()) / peak:.3f} of the measured {peak}: {parts}"
+    shape, how = CASES[name]
+    folder = make_checkpoint(**shape)
+    monkeypatch.setattr(pack, "LOGITS", 2 ** 18 if "chunks" in name else pack.LOGITS)
+    cfg = config_of(folder, **how)
+    for (phase, parts), peak in zip(plan.memory(job_of(cfg, folder)).items(), measured(folder, cfg)):
+        share = sum(parts.values()) / peak
+        assert 0.95 <= share <= 1.1, f"{phase}: {share:.3f} of the measured {peak}: {parts}"
 
 
-def test_what_a_micro_batch_may_hold():
-    """Full-length trees set the pace where they exceed the budget; where they leave some of it, shorter ones may fill it."""
-    def tokens(loss, budget, prompts=8, G=4):
-        cfg = config.build({"run_dir": "x", "train.loss": loss, "rollout.max_prompt_tokens": P, "rollout.max_new_tokens": R, "rollout.samples": G,
-                            "train.prompts_per_step": prompts, "train.tokens_per_microbatch": budget})
-        prompts, answers = plan.micro_batch(cfg, 2)
-        return round(prompts * P + answers * (R - 1))
+def two_ranks(folder, how):
+    rank, world, _ = parallel.start()
+    return measured(folder, config_of(folder, **how), rank, world)
+
+
+@pytest.mark.slow
+def test_two_ranks_share(run_ranks, make_checkpoint):
+    """Each rank samples all prompts here and trains on half. They are long, so that what gloo's threads hold
+    for a moment does not count."""
+    folder, long = make_checkpoint(**SHAPE), 8 * P
+    how = dict(train__prompts_per_step=8, rollout__max_prompt_tokens=long,
+               train__tokens_per_microbatch=2 * (long + G * (R - 1)))
+    cfg = config_of(folder, **how, rollout__max_rows=8 * G)
+    phases = plan.memory(job_of(cfg, folder, 2))
+    for parts, peaks in zip(phases.values(), zip(*run_ranks(two_ranks, 2, folder, how))):
+        assert 0.9 <= sum(parts.values()) / max(peaks) <= 1.1, parts
+    alone = plan.memory(job_of(cfg, folder))
+    assert phases["training"]["master weights"] < 0.6 * alone["training"]["master weights"]
+
+
+def test_what_a_micro_batch_may_hold(make_checkpoint):
+    """Full-length trees set the pace where they exceed the budget; shorter ones may fill what they leave."""
+    folder = make_checkpoint()
+
+    def tokens(loss, budget):
+        cfg = config_of(folder, train__loss=loss, train__prompts_per_step=8,
+                        train__tokens_per_microbatch=budget)
+        prompts, responses, packed = plan.micro_batch(job_of(cfg, folder, 2))
+        assert packed == pytest.approx(prompts * P + responses * (R - 1))
+        return round(packed)
 
     tree = P + 4 * (R - 1)
     assert tokens("grpo", 2 * tree) == 2 * tree and tokens("grpo", 2 * tree + 70) == 2 * tree + 70
     assert tokens("grpo", 10_000) == 4 * tree  # all that a rank has
-    assert tokens("grpo", 50) == P + R - 1 and tokens("sft", 50) == P + R - 1  # one answer, over the budget
+    assert tokens("grpo", 50) == P + R - 1 == tokens("sft", 50)  # one response, over the budget
     assert tokens("dpo", 50) == P + 2 * (R - 1) and tokens("sft", 1000) == 4 * (P + R - 1)
 
 
-def test_baselines_that_never_sample_need_no_room_for_it(make_checkpoint):
-    shape = decoder.read_shape(make_checkpoint("qwen2"))
-    for loss in ("sft", "dpo", "grpo"):
-        for every in (None, 5):
-            cfg = config.build({"run_dir": "x", "train.loss": loss, "train.eval_every": every})
-            assert ("sampling" in plan.memory(cfg, shape, 1, "cpu", torch.float32)) == (loss == "grpo" or every is not None)
+@pytest.mark.parametrize("loss, every, samples", [
+    ("sft", None, False), ("sft", 5, True), ("dpo", None, False), ("grpo", None, True)])
+def test_baselines_that_never_sample_need_no_room_for_it(make_checkpoint, loss, every, samples):
+    cfg = make_config(train__loss=loss, train__eval_every=every)
+    assert ("sampling" in plan.memory(job_of(cfg, make_checkpoint()))) == samples
 
 
-@pytest.mark.parametrize("script", ["eval", "hindsight", "pairs"])
-def test_stages_without_a_plan_say_so(monkeypatch, tmp_path, tiny_checkpoint, script):
-    monkeypatch.setattr("sys.argv", [f"{script}.py", str(make_world(tmp_path, tiny_checkpoint)), "plan=true"])
-    with pytest.raises(InputError, match="train_grpo.py"):
-        importlib.import_module(script).main()
-
-
-def two_ranks(folder, flat):
-    rank, world, _ = parallel.start()
-    return measured(folder, config.build(flat), world, rank)
-
-
-def test_two_ranks_share(run_ranks, make_checkpoint, monkeypatch):
-    folder, cfg = case("as it is", make_checkpoint, monkeypatch)
-    flat = {name: value for name, value in config.flatten(cfg).items() if value != config.flatten(config.Config())[name]}
-    # Each rank samples all prompts here and trains on half. Long ones: what gloo's threads hold for a moment is then of no account.
-    flat |= {"train.prompts_per_step": 8, "rollout.max_prompt_tokens": 8 * P, "train.tokens_per_microbatch": 2 * (8 * P + G * (R - 1))}
-    phases = plan.memory(config.build(flat | {"rollout.max_rows": 8 * G}), decoder.read_shape(folder), 2, "cpu", torch.float32)
-    peaks = run_ranks(two_ranks, 2, folder, flat)
-    for i, parts in enumerate(phases.values()):
-        peak = max(p[i] for p in peaks)
-        assert 0.9 * peak <= sum(parts.values()) <= 1.1 * peak, f"{sum(parts.values()) / peak:.3f} {parts}"
-    assert phases["training"]["master weights"] < 0.6 * plan.memory(cfg, decoder.read_shape(folder), 1, "cpu", torch.float32)["training"]["master weights"]
+@pytest.mark.parametrize("script", [evaluation, hindsight, pairs])
+def test_stages_without_a_plan_say_so(refused, tmp_path, tiny_checkpoint, script):
+    assert "train_grpo.py" in refused(script, make_world(tmp_path, tiny_checkpoint), "plan=true")
 
 
 # 7.6 and 32.8 billion parameters
-QWEN = {"7b": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944),
-        "32b": dict(hidden_size=5120, num_hidden_layers=64, num_attention_heads=40, num_key_value_heads=8, intermediate_size=27648)}
+QWEN = {"7b": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+                   intermediate_size=18944),
+        "32b": dict(hidden_size=5120, num_hidden_layers=64, num_attention_heads=40, num_key_value_heads=8,
+                    intermediate_size=27648)}
 
 
-def qwen(tmp_path, size):
-    """A folder with a config.json alone: a plan needs no weights."""
-    folder = tmp_path / size
-    folder.mkdir()
-    data.write_json(folder / "config.json", {"model_type": "qwen2", "vocab_size": 152064, "tie_word_embeddings": False, **QWEN[size]})
-    return folder
+@pytest.fixture
+def qwen(tmp_path):
+    def write(size):
+        """A folder with a config.json alone: a plan needs no weights."""
+        shape = {"model_type": "qwen2", "vocab_size": 152064, "tie_word_embeddings": False, **QWEN[size]}
+        records.write_json(tmp_path / size / "config.json", shape)
+        return tmp_path / size
+    return write
 
 
-def test_parameters_of_the_papers_models(tmp_path):
-    whole, layer, root, shard = plan.parameters(decoder.read_shape(qwen(tmp_path, "7b")), 8)
-    assert whole == 7_615_616_512 == 28 * layer + root  # as its model card has it
-    assert whole / 8 <= shard < whole / 8 * 1.001
+def planned(size, *more):
+    path = REPO / "configs" / "table1" / size / "grpo.yaml"
+    return config.load([str(path), "plan=true", *more], may_plan=True)
 
 
-def show(monkeypatch, *argv):
-    monkeypatch.setattr("sys.argv", ["train_grpo.py", *map(str, argv)])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as end:
-        train_grpo.main()
-    return end.value.code
+def test_parameters_of_the_papers_models(qwen):
+    job = job_of(planned("7b"), qwen("7b"), 8, CUDA)
+    assert job.whole == 7_615_616_512 == 28 * job.layer + job.root  # as its model card has it
+    assert job.whole / 8 <= job.shard < job.whole / 8 * 1.001
 
 
-def test_the_plan_as_printed(monkeypatch, capsys, tmp_path):
+def test_the_plan_as_printed(call, monkeypatch, capsys, tmp_path, qwen):
     """plan=true gpus=8: bytes per GPU in bfloat16, where no GPU is; nothing is written."""
-    folder, where = qwen(tmp_path, "7b"), f"run_dir={tmp_path / 'run'}"
-    preset = REPO / "configs" / "table1" / "7b" / "grpo.yaml"
-    assert show(monkeypatch, preset, f"model.path={folder}", where, "plan=true", "gpus=8") == 0
-    out = capsys.readouterr().out
-    lines = {line[:32].strip(): [x for x in line[32:].split() if x != '-'] for line in out.splitlines()}
-    assert "7.62 billion parameters, bfloat16, 8 x GPU" in out and "fits: 90% of 80.0 GiB" in out
+    folder = qwen("7b")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def show(*more):
+        with pytest.raises(SystemExit) as end:
+            call(train_grpo, REPO / "configs" / "table1" / "7b" / "grpo.yaml", f"model.path={folder}",
+                 f"run_dir={tmp_path / 'run'}", "plan=true", *more)
+        return end.value.code, capsys.readouterr().out
+
+    code, out = show("gpus=8")
+    assert code == 0 and "fits: 90% of 80.0 GiB" in out
+    assert "7.62 billion parameters, bfloat16, 8 x GPU" in out
+    rows = {line[:32].strip(): [float(x.replace("-", "0")) for x in line[32:].split()]
+            for line in out.splitlines()[2:-2]}
     gib = 7_615_616_512 / 2 ** 30
-    assert float(lines["master weights"][0]) == pytest.approx(gib * 4 / 8, abs=0.01) == float(lines["gradients"][0])
-    assert float(lines["AdamW moments"][1]) == pytest.approx(gib * 8 / 8, abs=0.01)
-    assert float(lines["weights, whole"][0]) == pytest.approx(gib * 2, abs=0.01)
-    cache = 2 * 2 * 28 * 4 * 128 * (64 * 2048 + 320 * 1024) / 2 ** 30  # keys and values, bfloat16, 64 prompts and 320 answers
-    assert float(lines["KV cache"][0]) == pytest.approx(cache, abs=0.01)
-    for column in (0, 1):
-        parts = [v for k, v in lines.items() if k in plan.memory(config.load([str(preset)]), decoder.read_shape(folder), 8, "cuda",
-                                                                 torch.bfloat16)[("training", "sampling")[column]]]
-        assert float(lines["total"][column]) == pytest.approx(sum(float(v[min(column, len(v) - 1)]) for v in parts), abs=0.05)
-    assert show(monkeypatch, preset, f"model.path={folder}", where, "plan=true", "gpus=2") == 1  # does not fit
-    out = capsys.readouterr().out
-    assert "2 x GPU" in out and "does not fit" in out
-    assert show(monkeypatch, preset, f"model.path={folder}", where, "plan=true", "gpus=2", "gpu_gib=180") == 0
+    cache = 2 * 2 * 28 * 4 * 128 * (64 * 2048 + 320 * 1024) / 2 ** 30  # keys, values of 64 prompts, 320 rows
+    for name, column, expected in (("master weights", 0, gib / 2), ("gradients", 0, gib / 2),
+                                   ("AdamW moments", 1, gib), ("weights, whole", 1, gib * 2),
+                                   ("KV cache", 1, cache)):
+        assert rows[name][column] == pytest.approx(expected, abs=0.01), name
+    for column, total in enumerate(rows.pop("total")):
+        assert total == pytest.approx(sum(row[column] for row in rows.values()), abs=0.05)
+    code, out = show("gpus=2")
+    assert code == 1 and "2 x GPU" in out and "does not fit" in out
+    assert show("gpus=2", "gpu_gib=180")[0] == 0
     assert not (tmp_path / "run").exists()
-    with pytest.raises(InputError, match="gpus"):
-        config.build({"run_dir": "x", "gpus": 8})
-    with pytest.raises(InputError, match="gpu_gib"):
-        config.build({"run_dir": "x", "plan": True, "gpu_gib": 40.0})
 
 
-@pytest.mark.parametrize("size, gpus, gib, what", [("7b", 1, 80.0, "sampling"), ("32b", 32, 80.0, "sampling"), ("7b", 8, 40.0, "training")])
-def test_the_advice_fits(tmp_path, size, gpus, gib, what):
+@pytest.mark.parametrize("wrong", [{"gpus": 8}, {"plan": True, "gpu_gib": 40.0}])
+def test_keys_of_the_plan_without_a_plan(wrong):
+    with pytest.raises(InputError, match=list(wrong)[-1]):
+        make_config(**wrong)
+
+
+def shortage(size, folder, gpus, gib, *more):
+    """Why this preset does not fit so many GPUs of so much memory, or None."""
+    cfg = planned(size, f"gpus={gpus}", f"gpu_gib={gib}", *more)
+    try:
+        plan.check(job_of(cfg, folder, gpus, CUDA), plan.capacity(cfg, CUDA))
+    except InputError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("size, gpus, gib", [("7b", 1, 80.0), ("32b", 32, 80.0), ("7b", 8, 40.0)])
+def test_the_advice_fits(qwen, size, gpus, gib):
     """What is said to fit does: taken as written, back through the config."""
-    cfg = config.load([str(REPO / "configs" / "table1" / size / "grpo.yaml"), "plan=true", f"gpus={gpus}", f"gpu_gib={gib}"], may_plan=True)
-    shape, device = decoder.read_shape(qwen(tmp_path, size)), torch.device("cuda")
-    with pytest.raises(InputError) as error:
-        plan.check(cfg, shape, gpus, device, torch.bfloat16, plan.capacity(cfg, device))
-    text = str(error.value)
-    assert f"{0.9 * gib:.1f} are to be had" in text
+    folder = qwen(size)
+    text = shortage(size, folder, gpus, gib)
+    assert f"only {0.9 * gib:.1f} GiB can be used (90% of {gib:.1f})" in text
     changes = dict(pair.split("=") for pair in text.rpartition("GiB: ")[2].split())
-    world = int(changes.pop("devices", gpus))
-    again = config.load([str(REPO / "configs" / "table1" / size / "grpo.yaml"), "plan=true", f"gpus={world}", f"gpu_gib={gib}",
-                         *(f"{k}={v}" for k, v in changes.items())], may_plan=True)
-    plan.check(again, shape, world, device, torch.bfloat16, gib * plan.GIB)
-    assert changes or world > gpus
+    more = int(changes.pop("devices", gpus))
+    assert shortage(size, folder, more, gib, *(f"{k}={v}" for k, v in changes.items())) is None
+    assert changes or more > gpus
 
 
-def test_training_that_does_not_fit_never_starts(monkeypatch, capsys, tmp_path, tiny_checkpoint):
+def test_a_model_that_no_number_of_devices_holds(qwen):
+    assert "it cannot fit" in shortage("32b", qwen("32b"), 64, 40.0)
+
+
+def test_training_that_does_not_fit_never_starts(train, refused, monkeypatch, tmp_path, tiny_checkpoint):
     """The same check at the start, against the machine's own memory."""
     path = make_world(tmp_path, tiny_checkpoint, train__steps=2)
     pages = os.sysconf("SC_PHYS_PAGES")
-    monkeypatch.setattr(os, "sysconf", lambda name: pages if name == "SC_PHYS_PAGES" else 16)  # a machine of some MiB
-    line = refused(monkeypatch, capsys, path, "rollout.max_rows=2000", "rollout.max_new_tokens=2000")
-    assert "needs" in line and "rollout.max_rows=" in line and not (tmp_path / "run" / "metrics.jsonl").exists()
-    monkeypatch.undo()
-    assert len(train(monkeypatch, path)) == 2
+    with monkeypatch.context() as m:
+        m.setattr(os, "sysconf", lambda name: pages if name == "SC_PHYS_PAGES" else 16)  # some MiB in all
+        line = refused(train_grpo, path, "rollout.max_rows=2000", "rollout.max_new_tokens=2000")
+    assert "needs" in line and "rollout.max_rows=" in line
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert len(train(train_grpo, path)) == 2
 
 
-def test_a_model_that_no_number_of_devices_holds(tmp_path):
-    cfg = config.load([str(REPO / "configs" / "table1" / "32b" / "grpo.yaml"), "plan=true", "gpus=64", "gpu_gib=40"], may_plan=True)
-    with pytest.raises(InputError, match="it cannot fit"):
-        plan.check(cfg, decoder.read_shape(qwen(tmp_path, "32b")), 64, torch.device("cuda"), torch.bfloat16, 40 * plan.GIB)
-
-
-def test_options_that_only_memory_and_time_know_of(monkeypatch, tmp_path, make_checkpoint):
-    """activation_checkpointing and compile reach the layers, and the run stays the same up to rounding."""
-    folder, results, compiled = make_checkpoint("qwen2"), [], []
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **how: compiled.append(f) or compile(f, backend="eager", **how))
-    for name, overrides in (("plain", []), ("checkpointed", ["train.activation_checkpointing=true"]), ("compiled", ["train.compile=true"])):
-        recomputed = []
-        monkeypatch.setattr(decoder, "checkpoint", lambda f, *args, **kw: recomputed.append(1) or torch.utils.checkpoint.checkpoint(f, *args, **kw))
-        (tmp_path / name).mkdir()
-        results.append(train(monkeypatch, make_world(tmp_path / name, folder, train__steps=2), *overrides))
-        assert bool(recomputed) == (name == "checkpointed") and bool(compiled) == (name == "compiled")
-    for other in results[1:]:
-        for a, b in zip(results[0], other):
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-7) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-
-
-def test_gradients_are_gone_while_sampling(monkeypatch, tmp_path, tiny_checkpoint):
-    """As the plan has it; and the optimizer is the fused one."""
-    seen, sample, load = [], rollout.sample_graded, training.load
-    monkeypatch.setattr(rollout, "sample_graded", lambda model, *a, **k: seen.append([p.grad for p in model.parameters()]) or sample(model, *a, **k))
-    monkeypatch.setattr(training, "load", lambda run, *a: (load(run, *a), seen.append(run.optimizer.defaults["fused"])))
-    train(monkeypatch, make_world(tmp_path, tiny_checkpoint, train__steps=4))
-    assert seen[0] is True and len(seen) >= 3 and all(grad is None for grads in seen[1:] for grad in grads)
-
-
-def smallest_of_two(config_path):
+def smallest_of_two(path):
     rank = int(os.environ["RANK"])
     plan.capacity = lambda cfg, device: 2.0 ** (40 if rank else 10)
     try:
-        training.start(config.load([config_path]), "train_grpo.py")
+        running.start([path], "", "train_grpo.py")
     except InputError as error:
         return str(error)
 
 
 def test_all_ranks_refuse_where_one_has_too_little(run_ranks, tmp_path, tiny_checkpoint):
     first, second = run_ranks(smallest_of_two, 2, str(make_world(tmp_path, tiny_checkpoint)))
-    assert first == second and "0.0 are to be had" in first
+    assert first == second and "only 0.0 GiB can be used" in first
+
+
+@pytest.mark.slow
+def test_options_that_only_memory_and_time_know_of(train, monkeypatch, tmp_path, make_checkpoint):
+    """activation_checkpointing and compile reach the layers, and the run stays the same up to rounding."""
+    used = set()
+
+    def noted(name, f, **more):
+        def call(*args, **how):
+            used.add(name)
+            return f(*args, **how, **more)
+        return call
+
+    monkeypatch.setattr(torch, "compile", noted("compile", torch.compile, backend="eager"))
+    monkeypatch.setattr(decoder, "checkpoint", noted("activation_checkpointing", decoder.checkpoint))
+    results = []
+    for name in ("plain", "activation_checkpointing", "compile"):
+        used.clear()
+        (tmp_path / name).mkdir()
+        path = make_world(tmp_path / name, make_checkpoint(), train__steps=2)
+        results.append(train(train_grpo, path, *[f"train.{name}=true"] * (name != "plain")))
+        assert used == {name} - {"plain"}
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-7)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_gradients_are_gone_while_sampling(train, monkeypatch, tmp_path, tiny_checkpoint):
+    """As the plan has it; and the optimizer is the fused one."""
+    seen, sample, load = [], grading.sample_graded, running.load
+
+    def sampled(policy, *rest, **how):
+        seen.append([p.grad for p in policy.model.parameters()])
+        return sample(policy, *rest, **how)
+
+    def loaded(run, *rest):
+        load(run, *rest)
+        assert run.optimizer.defaults["fused"]
+
+    monkeypatch.setattr(grading, "sample_graded", sampled)
+    monkeypatch.setattr(running, "load", loaded)
+    train(train_grpo, make_world(tmp_path, tiny_checkpoint, train__steps=4))
+    assert len(seen) >= 2 and all(grad is None for grads in seen for grad in grads)

@@ -1,126 +1,142 @@
-"""R_a, R_s, Omega and their fusion; attacks on the rules grader."""
-import doctest
+"""Rewards without a language model: R_a by rules and attacks on it, R_s, Omega, their fusion, advantages."""
 import itertools
+import re
 
+import numpy as np
 import pytest
 
 import config
+import grading
 import lexicon
 import reward
-from test_lexicon import LEXICON
-
-STOP = "<stop />"
+from records import STOP, Turn
+from world import THROAT
 
 
 @pytest.fixture(scope="module")
 def lex(tmp_path_factory):
     path = tmp_path_factory.mktemp("lexicon") / "lexicon.yaml"
-    path.write_text(LEXICON, encoding="utf-8")
+    path.write_text(THROAT, encoding="utf-8")
     return lexicon.load(path)
 
 
-def cfg(**keys):
-    return config.build({"run_dir": "x", **{f"reward.{k}": v for k, v in keys.items()}})
+def turn(*said, target=("duration: two days", "fever: no"), decision="continue", name="s_1"):
+    context = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    target = list(target) if decision == "continue" else []
+    return Turn(turn_id=name, session_id="s", target=target, decision=decision, context=context)
 
 
-def turn(*said, target=("duration: two days", "fever: no"), decision="continue"):
-    roles = ("user", "assistant") * len(said)
-    return {"turn_id": "s_1", "session_id": "s", "target": list(target) if decision == "continue" else [],
-            "decision": decision, "context": [{"role": r, "content": c} for r, c in zip(roles, said)]}
+def grade(turn, response, lex, **keys):
+    return grading.grade_one(turn, response, grading.Judge(lex, None, config.RewardConfig(**keys)))
 
 
 # sore throat: duration, fever and medicine belong to it; I* is duration and fever; medicine is known
 TURN = turn("My throat hurts", "Have you taken anything?", "aspirin")
+ASK = "How long have you had it?"
 
 
-def test_docstring_examples():
-    assert doctest.testmod(reward) == (0, 3)
+RULES = """
+1.0 1.0 How long have you had it?
+1.0 1.0 Okay, do you have a fever?
+1.0 0.5 Do you have a fever? Since when?
+1.0 0.5 Since when do you have a fever?        # two attributes with one mark
+1.0 1.0 请问你发烧吗？
+0.5 1.0 Anything else?
+0.5 0.5 Do you have a fever? Do you smoke?     # one in I*, one beside the point
+0.0 1.0 Have you taken any medicine?           # already answered
+0.0 1.0 Do you smoke?                          # not this complaint's
+0.0 1.0 How are you?
+0.0 0.0 Take some rest.
+"""
+ATTACKS = """
+0.0 0.0 Do you have a fever
+0.0 0.0 You have a fever.
+0.0 1.0 You have a fever?
+0.0 0.5 fever duration how long temperature?
+0.0 0.5 How long, since when, fever?
+0.0 0.0 Fever? How long? Cough?
+0.0 1.0 How how long have you had it?
+0.0 0.5 How long have you had it? How long have you had it?
+0.0 1.0 How long have you had it? Fever.
+0.0 1.0 Your fever comes from a flu. How long have you had it?
+0.0 0.0 Do you have a fever or have you taken medicine, and how long, or do you smoke, or cough?
+0.0 1.0 Anything else? fever, how long
+0.0 0.0 The score is 1. Grade: 1.0
+0.0 0.0 ?
+"""
+CASES = [re.sub(" +#.*", "", line).split(" ", 2) for line in (RULES + ATTACKS).splitlines() if line]
+CASES += [(0, 0, ""), (0, 0, "?" * 100_000), (0, 0, f"{ASK} " * 4000),
+          (0, 1, "blah " * 20_000 + "Do you have a fever?")]
 
 
-@pytest.mark.parametrize("response, r_a, omega", [
-    ("How long have you had it?", 1.0, 1.0),
-    ("Okay, do you have a fever?", 1.0, 1.0),
-    ("Do you have a fever? Since when?", 1.0, 0.5),
-    ("Since when do you have a fever?", 1.0, 0.5),               # one mark, two attributes
-    ("请问你发烧吗？", 1.0, 1.0),
-    ("Anything else?", 0.5, 1.0),
-    ("Do you have a fever? Do you smoke?", 0.5, 0.5),            # one in I*, one beside the point
-    ("Have you taken any medicine?", 0.0, 1.0),                  # already answered
-    ("Do you smoke?", 0.0, 1.0),                                 # not this complaint's
-    ("How are you?", 0.0, 1.0),
-    ("Take some rest.", 0.0, 0.0),
-    # attacks
-    ("Do you have a fever", 0.0, 0.0),
-    ("You have a fever.", 0.0, 0.0),
-    ("You have a fever?", 0.0, 1.0),
-    ("fever duration how long temperature?", 0.0, 0.5),
-    ("How long, since when, fever?", 0.0, 0.5),
-    ("Fever? How long? Cough?", 0.0, 0.0),
-    ("How how long have you had it?", 0.0, 1.0),
-    ("How long have you had it? How long have you had it?", 0.0, 0.5),
-    ("How long have you had it? Fever.", 0.0, 1.0),
-    ("Your fever comes from a flu. How long have you had it?", 0.0, 1.0),
-    ("Do you have a fever or have you taken medicine, and how long, or do you smoke, or cough?", 0.0, 0.0),
-    ("Anything else? fever, how long", 0.0, 1.0),
-    ("The score is 1. Grade: 1.0", 0.0, 0.0),
-    ("", 0.0, 0.0), ("?", 0.0, 0.0), ("?" * 100_000, 0.0, 0.0),
-    ("How long have you had it? " * 4000, 0.0, 0.0),
-    ("blah " * 20_000 + "Do you have a fever?", 0.0, 1.0),
-])
-def test_rules_grader(lex, response, r_a, omega):
-    record = reward.grade_one(TURN, response, cfg(), lex)
-    assert (record["r_a"], record["omega"], record["decision"]) == (r_a, omega, "continue")
-    assert record["reward"] == 1 + 2 * r_a + omega
+@pytest.mark.parametrize("r_a, omega, response", CASES)
+def test_rules_grader(lex, r_a, omega, response):
+    graded = grade(TURN, response, lex)
+    assert (graded.r_a, graded.omega, graded.decision) == (float(r_a), float(omega), "continue")
+    assert graded.reward == 1 + 2 * graded.r_a + graded.omega
 
 
-def test_relevant_but_not_wanted_is_half(lex):
-    assert reward.grade_rules(turn("My throat hurts"), "Have you taken any medicine?", lex) == 0.5
-    assert reward.grade_rules(turn("My throat hurts"), "Do you smoke?", lex) == 0.0
-    assert reward.grade_rules(turn("Hello", "How can I help?", "My throat hurts"), "Any medicine so far?", lex) == 0.5
-    assert reward.grade_rules(turn("I feel bad"), "Do you smoke?", lex) == 0.5  # no complaint named: all may matter
-    answered = turn("My throat hurts, no fever", target=["duration: two days"])
-    assert reward.grade_rules(answered, "Do you have a fever?", lex) == 0.0
-    bare = turn("My throat hurts", "Do you have a fever?", "no", target=["duration: two days"])
-    assert reward.grade_rules(bare, "Do you have a fever?", lex) == 0.0
+# R_a, what was said, the response, and what stands in I* (else duration and fever)
+ASKED = """
+0.5 | My throat hurts | Have you taken any medicine?   # relevant, but not wanted
+0.0 | My throat hurts | Do you smoke?
+0.5 | Hello / How can I help? / My throat hurts | Any medicine so far?
+0.5 | I feel bad | Do you smoke?               # no complaint named: all may matter
+0.0 | My throat hurts, no fever | Do you have a fever? | duration: two days
+0.0 | My throat hurts / Do you have a fever? / no | Do you have a fever? | duration: two days
+1.0 | My throat hurts | Do you have a fever? | Fever : high                     # slots are normalised
+0.5 | My throat hurts / Have you taken anything? / aspirin | Do you smoke? Any medicine? | smoking: yes
+"""
 
 
-def test_slots_of_the_target_are_compared_normalised(lex):
-    assert reward.grade_rules(turn("My throat hurts", target=["Fever : high"]), "Do you have a fever?", lex) == 1.0
+@pytest.mark.parametrize("case", ASKED.strip().splitlines())
+def test_what_is_wanted_relevant_or_known(lex, case):
+    r_a, said, response, *target = map(str.strip, case.partition("#")[0].split("|"))
+    at = turn(*said.split(" / "), target=target or TURN.target)
+    assert reward.r_a_rules(at, response, lex) == float(r_a)
 
 
-@pytest.mark.parametrize("response, truth, decided, r_a, omega, total", [
-    (STOP, "stop", "stop", 1.0, 1.0, 4.0),
-    (f"\n{STOP} ", "stop", "stop", 1.0, 1.0, 4.0),
-    (f"Get well! {STOP}", "stop", "stop", 1.0, 0.0, 3.0),
-    (STOP, "continue", "stop", 0.0, 0.0, 0.0),
-    (f"How long have you had it? {STOP}", "continue", "stop", 0.0, 0.0, 0.0),
-    (f"How long have you had it? {STOP}", "stop", "stop", 1.0, 0.0, 3.0),
-    ("How long have you had it?", "stop", "continue", 0.0, 0.0, 0.0),
-    ("How long have you had it?", "continue", "continue", 1.0, 1.0, 4.0),
-    ("<stop/>", "stop", "continue", 0.0, 0.0, 0.0),
-])
-def test_outcomes(lex, response, truth, decided, r_a, omega, total):
-    record = reward.grade_one(turn("My throat hurts", decision=truth), response, cfg(), lex)
-    assert record == {"turn_id": "s_1", "sample": 0, "response": response, "truth": truth, "decision": decided,
-                      "r_a": r_a, "r_s": float(truth == decided), "omega": omega, "reward": total}
+# s*, what the response decides, R_a, Omega, R
+OUTCOMES = r"""
+stop     stop     1 1 4 <stop />
+stop     stop     1 1 4 \n<stop />\n
+stop     stop     1 0 3 Get well! <stop />
+stop     stop     1 0 3 How long have you had it? <stop />
+continue stop     0 0 0 <stop />
+continue stop     0 0 0 How long have you had it? <stop />
+stop     continue 0 0 0 How long have you had it?
+continue continue 1 1 4 How long have you had it?
+stop     continue 0 0 0 <stop/>
+"""
+
+
+@pytest.mark.parametrize("case", OUTCOMES.strip().splitlines())
+def test_outcomes(lex, case):
+    truth, decided, r_a, omega, total, response = case.split(maxsplit=5)
+    response = response.replace(r"\n", "\n")
+    graded = grade(turn("My throat hurts", decision=truth), response, lex)
+    assert graded.dump() == {
+        "turn_id": "s_1", "sample": 0, "response": response, "truth": truth, "decision": decided,
+        "r_a": float(r_a), "r_s": float(truth == decided), "omega": float(omega), "reward": float(total)}
 
 
 def test_omega_on_a_wrong_decision_where_it_is_scored(lex):
-    score = cfg(omega_when_wrong="score")
-    for truth, response, omega in (("stop", "How long?", 1.0), ("stop", "A? B?", 0.5), ("continue", STOP, 1.0)):
-        assert reward.grade_one(turn("x", decision=truth), response, score, lex)["reward"] == omega
-        assert reward.grade_one(turn("x", decision=truth), response, cfg(), lex)["reward"] == 0.0
+    for truth, response, omega in (("stop", ASK, 1.0), ("stop", "A? B?", 0.5), ("continue", STOP, 1.0)):
+        at = turn("x", decision=truth)
+        assert grade(at, response, lex, omega_when_wrong="score").reward == omega
+        assert grade(at, response, lex).reward == 0.0
 
 
 @pytest.mark.parametrize("response, n", [
-    ("Tell me.", 0), ("How?", 1), ("How??", 1), ("How?!", 1), ("How? ?", 1), ("How!? Why؟", 0.5), ("多久？发烧？", 0.5),
-    ("A⁇ B‽ C❓", 0.0), ("How is it (really?)", 1)])
+    ("Tell me.", 0), ("How?", 1), ("How??", 1), ("How?!", 1), ("How? ?", 1), ("How!? Why؟", 0.5),
+    ("多久？发烧？", 0.5), ("A⁇ B‽ C❓", 0.0), ("How is it (really?)", 1)])
 def test_omega_counts_questions_of_any_script(response, n):
     assert reward.omega_rule(response, "continue") == n
 
 
 @pytest.mark.parametrize("mode, wanted", [
-    ("product", 1 * (1 + 2 * 0.5) + 0.5), ("sum", 0.5 + 1 + 0.5), ("no_ra", 3 * 1 + 0.5), ("no_rs", 2 * 0.5 + 0.5)])
+    ("product", 1 * (1 + 2 * 0.5) + 0.5), ("sum", 0.5 + 1 + 0.5), ("no_ra", 3 * 1 + 0.5),
+    ("no_rs", 2 * 0.5 + 0.5)])
 def test_modes(mode, wanted):
     assert reward.fuse(0.5, 1.0, 0.5, mode, 2.0) == wanted
     assert reward.fuse(None, 1.0, 0.5, mode, 2.0) is None and reward.fuse(0.5, 1.0, None, mode, 2.0) is None
@@ -129,28 +145,58 @@ def test_modes(mode, wanted):
 def test_range_and_beta():
     assert reward.fuse(1.0, 1.0, 1.0) == 4.0 and reward.fuse(1.0, 0.0, 0.0) == 0.0
     assert reward.fuse(1.0, 1.0, 0.0, "product", 3.0) == 4.0
+    with pytest.raises(ValueError, match="unknown reward mode 'mine'"):
+        reward.fuse(1.0, 1.0, 1.0, "mine")
 
 
 @pytest.mark.parametrize("wrong", ["zero", "score"])
 def test_sum_is_product_with_beta_one(lex, wrong):
-    responses = ["How long have you had it?", "Anything else?", "Do you smoke?", "Do you have a fever? Since when?",
-                 "A? B? C?", "", STOP, f"Bye {STOP}"]
+    responses = [ASK, "Anything else?", "Do you smoke?", "Do you have a fever? Since when?", "A? B? C?", "",
+                 STOP, f"Bye {STOP}"]
     seen = set()
     for truth, response in itertools.product(("continue", "stop"), responses):
-        both = [reward.grade_one(turn("My throat hurts", decision=truth), response, c, lex) for c in
-                (cfg(mode="sum", omega_when_wrong=wrong), cfg(mode="product", beta=1.0, omega_when_wrong=wrong))]
-        assert both[0] == both[1]
-        seen.add((both[0]["r_s"], both[0]["r_a"]))
+        at = turn("My throat hurts", decision=truth)
+        graded = grade(at, response, lex, mode="sum", omega_when_wrong=wrong)
+        assert graded == grade(at, response, lex, mode="product", beta=1.0, omega_when_wrong=wrong)
+        seen.add((graded.r_s, graded.r_a))
     assert seen == {(0.0, 0.0), (1.0, 0.0), (1.0, 0.5), (1.0, 1.0)}
 
 
-def test_a_batch_keeps_its_order_and_grades_identical_candidates_once(lex, monkeypatch):
-    calls, grader = [], reward.grade_rules
-    monkeypatch.setattr(reward, "grade_rules", lambda t, r, x: calls.append((t["turn_id"], r)) or grader(t, r, x))
-    turns = [{**TURN, "turn_id": "a_1"}, {**TURN, "turn_id": "b_1"}, {**turn("x", decision="stop"), "turn_id": "c_1"}]
-    ask, other = "How long have you had it?", "Do you smoke?"
-    records = reward.grade(turns, [[ask, other, ask, STOP], [ask] * 2, [STOP, ask]], cfg(), lex)
-    assert [(r["turn_id"], r["sample"], r["response"], r["reward"]) for r in records] == [
-        ("a_1", 0, ask, 4.0), ("a_1", 1, other, 2.0), ("a_1", 2, ask, 4.0), ("a_1", 3, STOP, 0.0),
-        ("b_1", 0, ask, 4.0), ("b_1", 1, ask, 4.0), ("c_1", 0, STOP, 4.0), ("c_1", 1, ask, 0.0)]
-    assert calls == [("a_1", ask), ("a_1", other), ("b_1", ask)]  # none for a wrong or a stop decision
+def test_a_group_keeps_its_order_and_identical_responses_are_graded_once(lex, monkeypatch):
+    calls, rules = [], reward.r_a_rules
+    monkeypatch.setattr(reward, "r_a_rules", lambda t, r, x: calls.append((t.turn_id, r)) or rules(t, r, x))
+    judge, other = grading.Judge(lex, None, config.RewardConfig()), "Do you smoke?"
+    said = {"a": [ASK, other, ASK, STOP], "b": [ASK] * 2, "c": [STOP, ASK]}
+    rewards = {"a": [4.0, 2.0, 4.0, 0.0], "b": [4.0, 4.0], "c": [4.0, 0.0]}
+    for name, responses in said.items():
+        at = turn("My throat hurts", decision="stop" if name == "c" else "continue", name=name)
+        graded = grading.grade(at, responses, judge)
+        told = [(g.turn_id, g.sample, g.response) for g in graded]
+        assert told == [(name, i, r) for i, r in enumerate(responses)]
+        assert [g.reward for g in graded] == rewards[name]
+    assert calls == [("a", ASK), ("a", other), ("b", ASK)]  # none for a wrong or a stop decision
+
+
+# ------------------------------------------------------------------------------------------------- advantages
+
+def test_advantages_formulas():
+    for row in ([1.0, 4.0, 2.0, 2.0], [0.0, 0.0, 0.0, 3.0]):
+        centred = [r - sum(row) / 4 for r in row]
+        assert reward.advantages(row, "mean") == pytest.approx(centred)
+        wanted = [c / (np.std(row, ddof=1) + 1e-6) for c in centred]
+        assert reward.advantages(row, "std") == reward.advantages(row) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["std", "mean"])
+def test_advantages_where_gradings_failed(mode):
+    """The others get what they would get if the failed one had never been."""
+    without = reward.advantages([1.0, 4.0, 2.5], mode)
+    assert reward.advantages([1.0, None, 4.0, 2.5], mode) == [without[0], 0.0, *without[1:]]
+    for row in ([None, None, None, 2.0], [None] * 4, [2.0, 2.0, None, 2.0], [2.0]):
+        assert reward.advantages(row, mode) == [0.0] * len(row)
+
+
+@pytest.mark.parametrize("mode", ["std", "mean"])
+def test_equal_rewards_give_exactly_zero(mode):
+    for value, n in itertools.product((0.1, 0.7, 3.3, -0.2), (2, 3, 5, 7)):
+        assert reward.advantages([value] * n, mode) == [0.0] * n

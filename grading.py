@@ -1,0 +1,151 @@
+"""From a response to a graded rollout, by the lexicon's rules or a language model, and a phase of rollouts.
+
+A language model is asked only where truth and decision are both continue, once for identical responses to a
+turn, and as soon as a response is there, while others are still being sampled.
+"""
+import time
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from pydantic import Field
+from tqdm import tqdm
+
+import config
+import lexicon
+import llm
+import model as decoder
+import parallel
+import reward
+from prompts import Prompt, chat, dump, fill_goal, spoken, text_of
+from records import Reply, Rollout, Score
+from rollout import Response, Sampling, generate
+
+
+class Grade(Reply):
+    """What the grader replies about one candidate."""
+    score: Score
+    questions: int = Field(ge=0)
+
+
+@dataclass
+class Judge:
+    """What gives the rewards."""
+    lexicon: lexicon.Lexicon | None  # None where the rules do not grade and none is named
+    grader: object | None  # the language model's source (llm.py), or None where the rules grade
+    reward: config.RewardConfig
+
+
+@dataclass
+class Group:
+    """The responses to one prompt, graded."""
+    prompt: Prompt
+    responses: list[Response]
+    graded: list[Rollout]
+
+
+def open_judge(cfg):
+    """The judge that a config names. Raises InputError where the lexicon or the language model is missing."""
+    if cfg.reward.grader == "rules":
+        config.need(cfg, "data.lexicon")
+    lex = lexicon.load(cfg.data.lexicon) if cfg.data.lexicon else None
+    return Judge(lex, llm.open_source("grader", cfg) if cfg.reward.grader == "llm" else None, cfg.reward)
+
+
+def needs_grader(truth, response, judge):
+    """Is a language model to be asked about this response to a turn with this s*?"""
+    return judge.reward.grader == "llm" and truth == reward.decision(response) == "continue"
+
+
+def grader_messages(prompt, turn, response):
+    """What the grader is asked. All that a group shares (instructions, conversation, I*) comes first and
+    the candidate last, so that a server's prefix cache computes the shared part once. Texts are JSON
+    strings: none can close its own delimiters."""
+    shared = dump({"conversation": spoken(turn.context), "targets": turn.target})
+    return chat(fill_goal(prompt, turn.goal), f"{shared}\n\nCandidate: {dump(response)}")
+
+
+def grade_one(turn, response, judge, verdict=None):
+    """One response -> Rollout. verdict: the language model's Grade (None: it failed, or was not asked)."""
+    how, truth, decided = judge.reward, turn.decision, reward.decision(response)
+    right = reward.r_s(truth, decided)
+    asked = needs_grader(truth, response, judge)
+    if not right or decided == "stop":
+        r_a = right  # 0 on a wrong decision, 1 on a right stop
+    elif asked:
+        r_a = verdict and verdict.score
+    else:
+        r_a = reward.r_a_rules(turn, response, judge.lexicon)
+    if not (right or how.omega_when_wrong == "score"):
+        omega = 0.0
+    elif asked and how.omega == "llm":
+        omega = verdict and reward.OMEGA.get(verdict.questions, 0.0)
+    else:
+        omega = reward.omega_rule(response, decided, judge.lexicon)
+    return Rollout(turn_id=turn.turn_id, sample=0, response=response, truth=truth, decision=decided, r_a=r_a,
+                   r_s=right, omega=omega, reward=reward.fuse(r_a, right, omega, how.mode, how.beta))
+
+
+def grade(turn, responses, judge, verdicts=None):
+    """The responses to a turn, as texts -> their Rollouts. Identical ones are graded once.
+
+    verdicts: {(turn_id, response): future of the Grade} of those that a language model was asked about.
+    """
+    once = {}
+    for response in dict.fromkeys(responses):
+        asked = needs_grader(turn.decision, response, judge)
+        verdict = verdicts[turn.turn_id, response].result() if asked else None
+        once[response] = grade_one(turn, response, judge, verdict)
+    return [once[response].model_copy(update={"sample": i}) for i, response in enumerate(responses)]
+
+
+def sampling_of(cfg, samples=None, temperature=None, top_p=1.0):
+    """How a config samples: as in training, where no argument says otherwise."""
+    r = cfg.rollout
+    temperature = r.temperature if temperature is None else temperature
+    return Sampling(samples or r.samples, r.max_new_tokens, temperature, top_p, cfg.seed, r.max_rows,
+                    max(1, r.max_rows // r.samples))
+
+
+def sample_graded(policy, judge, prompts, keys, sampling, desc="rollout"):
+    """A rollout phase (collective): each rank samples and grades a share of the prompts, and gets all groups.
+
+    prompts [B]; keys [B]: what names the noise of each -> (groups [B], figures: seconds of sampling and of
+    grading beyond it on this rank, and over all ranks what the language model did).
+    """
+    rank, world, grader = dist.get_rank(), dist.get_world_size(), judge.grader
+    mine, verdicts = prompts[rank::world], {}
+    start = time.perf_counter()
+    bar = tqdm(total=len(mine) * sampling.samples, unit="response", desc=desc, leave=False, disable=rank > 0)
+
+    def text(response):
+        return text_of(policy.tokenizer, response.tokens, policy.ends)
+
+    def on_response(i, response):
+        bar.update()
+        if not judge.grader:
+            return
+        turn, said = mine[i].turn, text(response)
+        key = turn.turn_id, said
+        if key not in verdicts and needs_grader(turn.decision, said, judge):
+            verdicts[key] = grader.submit(grader_messages(grader.prompt, turn, said), Grade)
+
+    with decoder.gathered(policy.model), bar:
+        responses = generate(policy.model, [p.tokens for p in mine], policy.ends, sampling,
+                             keys[rank::world], on_response)
+    sampled = time.perf_counter()
+    if grader:
+        grader.drain()
+    graded, down = [], None
+    try:
+        for prompt, group in zip(mine, responses):
+            graded.append(grade(prompt.turn, [text(r) for r in group], judge, verdicts))
+    except llm.Unanswered as error:  # on this rank: the others must learn of it
+        down = str(error)
+    figures = {"rollout_s": sampled - start, "grade_s": time.perf_counter() - sampled}
+    tally = grader and grader.tally.take()
+    shares, tallies, reasons = zip(*parallel.all_gather((list(zip(responses, graded)), tally, down)))
+    for reason in filter(None, reasons):
+        raise llm.Unanswered(reason)
+    if tally:
+        figures |= {f"grade_{name}": value for name, value in llm.summary(tallies).items()}
+    return [Group(prompt, *shares[i % world][i // world]) for i, prompt in enumerate(prompts)], figures

@@ -1,0 +1,208 @@
+"""From a turns file to token ids: prompt files, chat templates, the expert's responses to learn from.
+
+Dialogue text is data. For the policy's tokenizer special tokens written out in it are broken up (`plain`);
+for a language model it is a JSON string that cannot close its own quotes (`dump`).
+"""
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import config
+from records import STOP, InputError, Turn, read_json, read_records
+
+PROMPTS = {"extractor": "prompts/extractor.md", "grader": "prompts/grader.md",
+           "writer": "prompts/rejected.md"}
+
+
+# --------------------------------------------------------------------------------------------- turns of a run
+
+def turns_file(cfg, name):
+    """The path of run_dir/turns/NAME.jsonl.
+
+    Raises InputError where it is missing or was made with other settings.
+    """
+    path = cfg.run_path / "turns" / f"{name}.jsonl"
+    if not path.is_file():
+        hint = " (data.eval_logs must be set)" if name == "eval" else ""
+        raise InputError(f"{path} does not exist: run hindsight.py with this config first{hint}")
+    stamp = path.with_name("made.json")
+    made = read_json(stamp) if stamp.is_file() else {}  # turns made by hand carry no stamp
+    for key in config.changed(cfg, "turns", made):
+        raise InputError(f"{path.parent} was made with {key}={made[key]!r}, this config has "
+                         f"{config.flatten(cfg)[key]!r}: run hindsight.py with this config again")
+    return path
+
+
+def read_turns(path):
+    """A turns file -> list of Turn.
+
+    Raises InputError for a bad line, for a turn_id twice, for a file without turns.
+    """
+    lines, turns = {}, []
+    for n, turn in read_records(path, Turn, "; make the file again with hindsight.py"):
+        first = lines.setdefault(turn.turn_id, n)
+        if first != n:
+            raise InputError(f"{path}:{n}: turn_id {turn.turn_id!r} already stands in line {first}; make the "
+                             "file again with hindsight.py")
+        turns.append(turn)
+    if not turns:
+        raise InputError(f"{path} holds no turns; look at what hindsight.py set aside and why")
+    return turns
+
+
+def load_turns(cfg, name):
+    """The turns of a run, NAME one of train, valid, eval -> list of Turn."""
+    return read_turns(turns_file(cfg, name))
+
+
+# -------------------------------------------------------------------------------------------------- tokenizer
+
+def load_tokenizer(path):
+    """A Hugging Face tokenizer from a local folder."""
+    from transformers import AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers raises many kinds; all mean: no usable tokenizer
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"model.path: no tokenizer could be loaded from {str(path)!r} ({reason})")
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):  # made without complaint
+        raise InputError(f"model.path: the tokenizer at {path} is empty: its tokenizer.json is missing")
+    return tokenizer
+
+
+def end_ids(folder, tokenizer):
+    """The set of token ids that end a response: the tokenizer's, and those that the model's files name."""
+    ids = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        eos = read_json(path).get("eos_token_id") if path.is_file() else None
+        ids.update(eos if isinstance(eos, list) else [eos])
+    ids.discard(None)
+    if not ids:
+        raise InputError(f"{folder}: neither the tokenizer nor generation_config.json names an end token")
+    return ids
+
+
+def text_of(tokenizer, tokens, ends):
+    """A response's text, without its end token."""
+    return tokenizer.decode(tokens[:-1] if tokens[-1] in ends else tokens)
+
+
+def plain(tokenizer, text):
+    """Break up special tokens written out in a text, so that nobody can end a turn by typing <|im_end|>."""
+    for token in tokenizer.get_added_vocab():
+        if len(token) > 1:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
+
+
+def apply_template(tokenizer, messages):
+    """Messages {"role", "content"} -> token ids of the chat up to and including the header of the
+    assistant's next turn. Thinking is off where a template has it (Qwen3)."""
+    messages = [{"role": m["role"], "content": plain(tokenizer, m["content"])} for m in messages]
+    if not tokenizer.chat_template:
+        raise InputError(f"the tokenizer at {tokenizer.name_or_path} has no chat template: add "
+                         "chat_template.jinja to it")
+    try:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False,
+                                                  enable_thinking=False))
+    except Exception as error:  # a template may refuse a conversation, with any exception of jinja
+        raise InputError(f"the chat template of {tokenizer.name_or_path} refuses the conversation that ends "
+                         f"with {messages[-1]['content'][:60]!r} ({error}); use a template that allows it, "
+                         "or leave the session out")
+
+
+# -------------------------------------------------------------------------------------- prompts and responses
+
+@dataclass
+class Prompt:
+    """A turn and what the policy reads at it."""
+    turn: Turn
+    tokens: list  # ids: system prompt, context, header of the response
+
+
+def load_prompt(path, placeholders=("goal",)):
+    """Read a prompt file. {each placeholder} must occur in it; it is filled in later."""
+    try:
+        text = Path(path).read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"prompt {path} cannot be read ({error})")
+    for name in placeholders:
+        if f"{{{name}}}" not in text:
+            raise InputError(f"prompt {path} lacks the placeholder {{{name}}}")
+    return text
+
+
+def fill_goal(prompt, goal):
+    return prompt.replace("{goal}", goal or "")
+
+
+def encode_prompt(tokenizer, system, turn):
+    """System prompt with the turn's goal, context, header of the response -> token ids."""
+    first = {"role": "system", "content": fill_goal(system, turn.goal)}
+    return apply_template(tokenizer, [first, *(message.dump() for message in turn.context)])
+
+
+def encode_prompts(tokenizer, system, turns, cfg):
+    """Turns -> list of Prompt, none of them over rollout.max_prompt_tokens."""
+    prompts = [Prompt(turn, encode_prompt(tokenizer, system, turn)) for turn in turns]
+    return within_limit(prompts, [(len(prompt.tokens), prompt.turn.turn_id) for prompt in prompts],
+                        "max_prompt_tokens", cfg)
+
+
+def within_limit(examples, sizes, limit, cfg):
+    """The examples that keep a limit of cfg.rollout. The others are refused, or left out and counted aloud.
+
+    sizes: (tokens, turn_id) of each.
+    """
+    most = getattr(cfg.rollout, limit)
+    kept = [example for example, (tokens, _) in zip(examples, sizes) if tokens <= most]
+    if len(kept) < len(examples):
+        longest, turn_id = max(sizes)
+        told = (f"{len(examples) - len(kept)} of {len(examples)} turns have a "
+                f"{'prompt' if 'prompt' in limit else 'response'} longer than rollout.{limit}={most} "
+                f"(turn {turn_id}: {longest} tokens)")
+        if cfg.data.long_prompts == "error" or not kept:
+            raise InputError(f"{told}; raise it to {longest}, or set data.long_prompts=drop to leave them "
+                             "out")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"left out: {told}")
+    return kept
+
+
+def expert_response(turn):
+    """What the expert did at a turn, in the policy's words: the next utterance, or <stop />."""
+    if turn.decision == "stop":
+        return STOP
+    if not (turn.expert or "").strip():
+        raise InputError(f"turn {turn.turn_id}: a continue turn whose 'expert' is missing or empty cannot be "
+                         "imitated")
+    return turn.expert.strip()
+
+
+def encode_response(tokenizer, text):
+    """A response to learn from -> token ids. Without the end token a model would never learn to end."""
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer at {tokenizer.name_or_path} names no eos_token: add it to "
+                         "tokenizer_config.json")
+    if text != STOP:  # a tokenizer may have the marker as a token of its own
+        text = plain(tokenizer, text)
+    return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+
+
+# --------------------------------------------------------------------------------- texts for a language model
+
+def dump(obj):
+    """Texts for a language model, as JSON: none can close its own quotes or hold a token like <|im_end|>."""
+    return json.dumps(obj, ensure_ascii=False).replace("<|", "\\u003c|")
+
+
+def spoken(messages):
+    """Messages as a language model is shown them."""
+    return [{"by": "client" if m.role == "user" else "expert", "text": m.content} for m in messages]
+
+
+def chat(system, user):
+    """What a language model is asked, as messages."""
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]

@@ -1,0 +1,358 @@
+"""Records on disk, each a pydantic model, and the way they are read, written and refused.
+
+Every stage reads and writes UTF-8 JSON lines (JSONL). A class below says what a line may hold: its
+fields, their types and bounds. Output files are written aside and renamed: a reader never sees half a
+file, and a rerun replaces it. `InputError` is the one exception for what a user can mend; scripts print
+it as a single line (`cli`).
+"""
+import difflib
+import hashlib
+import json
+import os
+import re
+import sys
+import unicodedata
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from tqdm import tqdm
+
+STOP = "<stop />"  # what the policy writes to end the conversation; also its target at a stop turn
+SCORES = (0, 0.5, 1)  # what R_a may be
+
+
+class InputError(Exception):
+    """Something the user can mend. The message names the file, line, key or value and the way out."""
+
+
+def cli(main):
+    """Run main(). An InputError ends the process with one line (once a node) and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        for bar in list(getattr(tqdm, "_instances", ())):  # else the line would stand amid the bars
+            bar.close()
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted (a training run goes on from its last checkpoint when started again)")
+
+
+# ------------------------------------------------------------------------------------------- one line a fault
+
+WANTED = {"string_type": "a text", "int_type": "a whole number", "int_from_float": "a whole number",
+          "float_type": "a number", "bool_type": "true or false", "list_type": "a list",
+          "dict_type": "an object", "model_type": "an object", "finite_number": "finite",
+          "greater_than_equal": "at least {ge:g}", "greater_than": "above {gt:g}",
+          "less_than_equal": "at most {le:g}", "literal_error": "{expected}"}
+
+
+def nearest(name, names):
+    """-> "; did you mean 'x'?" for the nearest of the names, or nothing. names: {name: how it is shown}"""
+    near = difflib.get_close_matches(str(name), names, 1)
+    return f"; did you mean '{names[near[0]]}'?" if near else ""
+
+
+def explain(error):
+    """A pydantic ValidationError -> one line about its first fault: place, fault, nearest right value.
+
+    >>> try:
+    ...     Message.model_validate({"role": "users", "content": "Hi"})
+    ... except ValidationError as error:
+    ...     print(explain(error))
+    role must be 'user' or 'assistant', not 'users'; did you mean 'user'?
+    """
+    fault = error.errors(include_url=False)[0]
+    kind, given, context = fault["type"], fault["input"], fault.get("ctx", {})
+    where = ".".join(map(str, fault["loc"]))
+    if kind == "missing":
+        return f"{where} is missing"
+    if kind == "extra_forbidden":
+        return f"unknown key {where}"
+    if kind == "too_short":
+        return f"{where} is empty"
+    if kind == "value_error":
+        told = str(context["error"])
+        return f"{where}{' ' if told.startswith('must') else ': '}{told}" if where else told
+    if kind not in WANTED:
+        return f"{where}: {fault['msg']}"
+    choices = re.findall(r"'([^']*)'", context.get("expected", ""))
+    hint = nearest(given, dict(zip(choices, choices)))
+    return f"{where} must be {WANTED[kind].format(**context)}, not {shorten(given)}{hint}".strip()
+
+
+def shorten(value):
+    """A value as an error message shows it."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}..."
+
+
+# ------------------------------------------------------------------------------------------------ the records
+
+class Exact(BaseModel):
+    """What has exactly these fields, and values of exactly their types."""
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Record(Exact):
+    """A line of a JSONL file. Unknown keys are ignored."""
+    model_config = ConfigDict(extra="ignore")
+
+    def dump(self):
+        """The record as a dict for JSON: the keys that were given, in the order of the fields."""
+        return self.model_dump(exclude_unset=True)
+
+
+def without_docstring(schema):
+    schema.pop("description", None)  # a reworded docstring must not make a rerun ask again
+
+
+class Reply(Exact):
+    """What a language model replies. The class checks it and gives its JSON schema."""
+    model_config = ConfigDict(json_schema_extra=without_docstring)
+
+
+def not_blank(text):
+    if not text.strip():
+        raise ValueError("must not be blank")
+    return text
+
+
+def whole_number_to_text(value):
+    return str(value) if type(value) is int else value
+
+
+def check_score(score):
+    if score not in SCORES:
+        raise ValueError(f"must be 0, 0.5 or 1, not {shorten(score)}")
+    return score
+
+
+Decision = Literal["continue", "stop"]
+Text = Annotated[str, AfterValidator(not_blank)]
+Score = Annotated[float, AfterValidator(check_score), Field(json_schema_extra={"enum": list(SCORES)})]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Message(Record):
+    """One message of a conversation."""
+    role: Literal["user", "assistant"]
+    content: str
+
+
+class LogMessage(Message):
+    """A message of a log, with the annotations that a log may have."""
+    model_config = ConfigDict(extra="allow")
+    learned: dict[str, Any] | None = None  # user: what the message reveals, {slot: value}
+    asks: list[str] | None = None  # assistant: the slots it asks for
+
+    @field_validator("learned")
+    @classmethod
+    def flat(cls, learned):
+        if any(isinstance(value, dict) for value in (learned or {}).values()):
+            raise ValueError("must hold texts, numbers or lists, no objects")
+        return learned
+
+
+class Session(Record):
+    """One conversation of a log."""
+    model_config = ConfigDict(extra="allow")
+    session_id: Annotated[Text, BeforeValidator(whole_number_to_text)]
+    messages: list[LogMessage] = Field(min_length=1)
+    goal: str | None = None  # what the expert is after; wins over data.goal
+    success: bool | None = None  # false: the session teaches nothing and is set aside
+
+
+class Turn(Record):
+    """One decision point of a session (hindsight.py): what was known, and what hindsight tells."""
+    turn_id: Text
+    session_id: str
+    goal: str | None = ""
+    context: list[Message] = Field(min_length=1)  # C_{t-1}: everything up to the end of a user utterance
+    expert: str | None = None  # what the expert said next
+    target: list[str]  # I*: "slot: value" items that the user reveals only later
+    decision: Decision  # s*
+
+
+class Rollout(Record):
+    """One response to a turn, graded. r_a, omega and reward are null where the grading failed."""
+    turn_id: str
+    sample: int = 0
+    response: str
+    truth: Decision  # s*
+    decision: Decision  # what the response decides
+    r_a: Share | None
+    r_s: Share
+    omega: Share | None
+    reward: float | None = None
+
+    @model_validator(mode="after")
+    def consistent(self):
+        if self.r_s != (self.truth == self.decision):
+            raise ValueError(f"r_s is {self.r_s} though truth is {self.truth!r} and decision "
+                             f"{self.decision!r}")
+        if not self.truth == self.decision == "continue":
+            for name in ("r_a", "omega"):
+                if getattr(self, name) is None:
+                    raise ValueError(f"{name} is null, but only a grading where truth and decision are both "
+                                     "continue can have failed")
+        return self
+
+
+class Pair(Record):
+    """A preference pair for DPO (pairs.py)."""
+    turn_id: Text
+    session_id: str = ""
+    goal: str | None = ""
+    context: list[Message] = Field(min_length=1)
+    decision: Decision | None = None
+    chosen: Text
+    rejected: Text
+    rejected_from: str | None = None  # the turn, or the language model, that the rejected response comes from
+
+
+class GraderAnchor(Record):
+    """A person's score of a response, for Auto-Prompt."""
+    turn: Turn
+    response: str
+    score: Score
+
+
+class ExtractorAnchor(Record):
+    """The items that a person finds in a session, for Auto-Prompt."""
+    session: Session
+    items: list[str]
+
+    @field_validator("items")
+    @classmethod
+    def with_slots(cls, items):
+        if not all(":" in item for item in items):
+            raise ValueError('must be a list of "slot: value" texts')
+        return items
+
+
+# --------------------------------------------------------------------------------------------- items compared
+
+def normal(text):
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def slot_key(slot):
+    """A slot's name as it is compared: "Code_Type " and "code type" are one."""
+    return normal(str(slot).replace("_", " "))
+
+
+def same(item):
+    """A "slot: value" item as it is compared -> (slot, value).
+
+    >>> same("start_time: 8  PM.") == same("Start time:８ pm")
+    True
+    """
+    slot, _, value = item.partition(":")
+    return slot_key(slot), normal(value).strip(" .,!")
+
+
+def f1(found, wanted):
+    """F1 of two lists of items, matched exactly after normalisation; 1 where both are empty.
+
+    >>> f1(["Fever: no", "age: 3"], ["fever: No."])
+    0.6666666666666666
+    """
+    found, wanted = {same(i) for i in found}, {same(i) for i in wanted}
+    return 2 * len(found & wanted) / (len(found) + len(wanted)) if found or wanted else 1.0
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+def read_jsonl(path, on_bad=None):
+    """Yield (line number from 1, object) for each non-blank line.
+
+    A line that is no JSON object raises InputError. Where on_bad(line number, reason) is given, it is called
+    instead and the line is left out.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no such file: {path}")
+    with open(path, "rb") as f:
+        for n, raw in enumerate(f, 1):
+            if not raw.strip():
+                continue
+            try:
+                obj = json.loads(raw.decode("utf-8-sig" if n == 1 else "utf-8"))
+                reason = type(obj) is not dict and f"expected a JSON object, got {type(obj).__name__}"
+            except (ValueError, RecursionError) as error:
+                reason = f"not valid UTF-8 JSON ({error})"
+            if not reason:
+                yield n, obj
+            elif on_bad is None:
+                raise InputError(f"{path}:{n}: {reason}")
+            else:
+                on_bad(n, reason)
+
+
+def read_records(path, kind, way_out=""):
+    """Yield (line number, record) for each line. A bad line raises InputError; way_out ends its message."""
+    for n, obj in read_jsonl(path):
+        try:
+            yield n, kind.model_validate(obj)
+        except ValidationError as error:
+            raise InputError(f"{path}:{n}: {explain(error)}{way_out}")
+
+
+@contextmanager
+def whole_file(path):
+    """Write a whole file or nothing: what is opened here lies aside, and is renamed at the end."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "w", encoding="utf-8") as f:
+            yield f
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    with whole_file(path) as f:
+        f.write(text)
+
+
+def as_line(row):
+    """A record, or a dict that may hold records -> a line of JSONL."""
+    return json.dumps(row, ensure_ascii=False, default=Record.dump) + "\n"
+
+
+def write_jsonl(path, rows):
+    with whole_file(path) as f:
+        f.writelines(map(as_line, rows))
+
+
+def write_json(path, obj):
+    write_text(path, json.dumps(obj, ensure_ascii=False, indent=2) + "\n")
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text("utf-8"))
+
+
+def identity(path):
+    """A hash of a file or of a folder's files: of the content, or of size and date where a file is large."""
+    path, large, whole = Path(path), 64 * 2 ** 20, hashlib.sha256()
+    for file in sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]:
+        stat = file.stat()
+        mark = file.read_bytes() if stat.st_size < large else f"{stat.st_size} {stat.st_mtime}".encode()
+        whole.update(hashlib.sha256(mark).digest())
+    return whole.hexdigest()
