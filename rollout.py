@@ -97,7 +97,7 @@ def pick(logits, uniform, temperature, top_p=1.0):
         logp = torch.empty_like(logp).scatter_(-1, index, ordered).log_softmax(-1)
     # In two rounds, so that only the first looks at all V numbers: which block, then which of its tokens.
     p = F.pad(logp, (0, -logp.shape[1] % BLOCK), value=-torch.inf).exp_()
-    p = p.unflatten(-1, (-1, BLOCK))  # [n, V / BLOCK, BLOCK]
+    p = p.unflatten(1, (-1, BLOCK))  # [n, V / BLOCK, BLOCK]
     mass = p.sum(-1)
     block, target = invert(mass, uniform.to(mass.dtype) * mass.sum(-1))
     p = p.take_along_dim(block[:, None, None], 1)  # [n, 1, BLOCK]
