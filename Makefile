@@ -2,7 +2,7 @@
 # make table1 [SEEDS=3]   the nine rows of Table 1 on the toy pharmacy; goes on where it was interrupted
 # make table2             Auto-Prompt behind a server that plays the language models: the base model, poor prompts,
 #                         calibrated prompts
-# make test               all tests; make test-fast: those that take under 40 seconds together
+# make test               all tests; make test-fast: without the slow ones (78 s on two cores)
 # make test-extras        the tests that compare with a package of requirements-extras.txt (TRL)
 # make lint               ruff and mypy (pyproject.toml)
 # make bench              ours beside TRL and transformers on this machine's device (about an hour on two cores);
