@@ -311,11 +311,16 @@ def contradictions(cfg):
 # ---------------------------------------------------------------------------------------------------- loading
 
 class Loader(yaml.SafeLoader):
-    """YAML in which 5e-7 is a number (YAML 1.1 reads it as a text)."""
+    """Reads YAML in which 5e-7 is a number (in YAML 1.1 it is a text)."""
 
 
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-                             list("-+.0123456789"))
+class Dumper(yaml.SafeDumper):
+    """Writes it: the text "5e-7" gets quotes."""
+
+
+for kind in (Loader, Dumper):
+    kind.add_implicit_resolver("tag:yaml.org,2002:float",
+                               re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), None)
 
 
 def read_yaml(path, seen=()):
@@ -454,7 +459,7 @@ def flatten(cfg):
 
 def save(cfg, path):
     """Write the resolved config as a YAML that load() reads back to the same Config."""
-    write_text(path, yaml.safe_dump(cfg.model_dump(), sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.dump(cfg.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True))
 
 
 def need(cfg, *names):

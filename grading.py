@@ -47,8 +47,8 @@ def open_judge(cfg):
     """The judge that a config names. Raises InputError where the lexicon or the language model is missing."""
     if cfg.reward.grader == "rules":
         config.need(cfg, "data.lexicon")
-    lex = lexicon.load(cfg.data.lexicon) if cfg.data.lexicon else None
-    return Judge(lex, llm.open_source("grader", cfg) if cfg.reward.grader == "llm" else None, cfg.reward)
+    return Judge(lexicon.load(cfg.data.lexicon) if cfg.data.lexicon else None,
+                 llm.open_source("grader", cfg) if cfg.reward.grader == "llm" else None, cfg.reward)
 
 
 def needs_grader(truth, response, judge):
@@ -122,7 +122,7 @@ def sample_graded(policy, judge, prompts, keys, sampling, desc="rollout"):
 
     def on_response(i, response):
         bar.update()
-        if not judge.grader:
+        if not grader:
             return
         turn, said = mine[i].turn, text(response)
         key = turn.turn_id, said

@@ -91,8 +91,8 @@ class Utterance(Message):
 def value_text(value):
     """A slot's value as text; lists, also those written as JSON in a string, are joined.
 
-    >>> value_text('["Sunday"]'), value_text(["nuts", "milk"]), value_text(31)
-    ('Sunday', 'nuts, milk', '31')
+    >>> value_text('["Sunday"]'), value_text(["nuts", "milk"]), value_text(31), value_text(" a week ")
+    ('Sunday', 'nuts, milk', '31', 'a week')
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:

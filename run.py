@@ -68,8 +68,8 @@ def lr_at(step, total, t):
     if step < t.warmup_steps:
         return t.lr * (step + 1) / t.warmup_steps
     done = (step - t.warmup_steps) / max(1, total - t.warmup_steps)
-    cosine = (1 + math.cos(math.pi * done)) / 2
-    return t.lr * {"constant": 1.0, "linear": 1 - done, "cosine": cosine}[t.schedule]
+    return t.lr * {"constant": 1.0, "linear": 1 - done,
+                   "cosine": (1 + math.cos(math.pi * done)) / 2}[t.schedule]
 
 
 def due(every, before, after, total):
@@ -135,8 +135,8 @@ def start(argv, doc, script):
                min(parallel.all_gather(plan.capacity(cfg, device))))
     checkpoint.open_run(cfg, rank)
     tokenizer = load_tokenizer(folder)
-    policy = Policy(None, tokenizer, end_ids(folder, tokenizer))
-    return Run(cfg, rank, world, device, dtype, cfg.run_path, folder, policy, grading.open_judge(cfg),
+    return Run(cfg, rank, world, device, dtype, cfg.run_path, folder,
+               Policy(None, tokenizer, end_ids(folder, tokenizer)), grading.open_judge(cfg),
                held_out_prompts(cfg, tokenizer))
 
 
@@ -239,8 +239,7 @@ def steps(run, trees):
     while run.step < run.total:
         begin_step(run)
         step = [trees[i] for i in run.next_examples()]
-        tokens = sum(len(branch.tokens) for tree in step for branch in tree.branches)
-        yield step, tokens, pack_mine(run, step)
+        yield step, sum(len(b.tokens) for tree in step for b in tree.branches), pack_mine(run, step)
 
 
 def zeros(model, names):
@@ -253,8 +252,7 @@ def optimizer_step(model, optimizer, grad_clip, figures, maxima=()):
     """Clip the gradient by its global norm and step, unless it is not finite (collective).
 
     figures: {name: 0-dim tensor} of this rank, to be summed over ranks; of those in maxima the largest is
-    taken. All reach the host together, in one synchronisation. -> {name: number}, grad_norm and
-    finite.
+    taken. All reach the host together, in one synchronisation. -> {name: number}, grad_norm and finite.
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -325,8 +323,8 @@ def show_groups(run, when):
     judge, sampling = evaluation.full_reward(run.judge), grading.sampling_of(run.cfg)
     groups, _ = grading.sample_graded(run.policy, judge, prompts, keys, sampling, f"groups {when}")
     if run.rank == 0:
-        rows = [{"turn": group.prompt.turn, "graded": group.graded} for group in groups]
-        write_jsonl(run.dir / f"groups_{when}.jsonl", rows)
+        write_jsonl(run.dir / f"groups_{when}.jsonl",
+                    [{"turn": group.prompt.turn, "graded": group.graded} for group in groups])
 
 
 def finish(run):

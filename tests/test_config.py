@@ -194,8 +194,8 @@ def test_run_dir_must_be_named(tmp_path):
 
 @pytest.mark.parametrize("loss", list(UNREAD))
 def test_a_saved_config_reads_back_the_same(tmp_path, loss):
-    cfg = load(tmp_path, f"train: {{loss: {loss}, lr: 5e-7, steps: 7}}\ndata: {{goal: 'é: [x] 是'}}\n"
-                         "hindsight: {generic: []}")
+    cfg = load(tmp_path, f"train: {{loss: {loss}, lr: 5e-7, steps: 7}}\nhindsight: {{generic: []}}\n"
+                         "data: {goal: 'é: [x] 是', prompt: '4e8'}")
     config.save(cfg, tmp_path / "saved.yaml")
     assert config.load([str(tmp_path / "saved.yaml")]) == cfg
 
