@@ -2,7 +2,7 @@
 # make table1 [SEEDS=3]   the nine rows of Table 1 on the toy pharmacy; goes on where it was interrupted
 # make table2             Auto-Prompt behind a server that plays the language models: the base model, poor prompts,
 #                         calibrated prompts
-# make test               all tests; make test-fast: without the slow ones (78 s on two cores)
+# make test               all tests; make test-fast: without the slow ones
 # make test-extras        the tests that compare with a package of requirements-extras.txt (TRL)
 # make lint               ruff and mypy (pyproject.toml)
 # make bench              ours beside TRL and transformers on this machine's device (about an hour on two cores);
@@ -67,14 +67,15 @@ world: .venv/installed
 
 # On a machine with a GPU its tests run apart: all others are tests of the CPU path, with CUDA hidden.
 PYTEST := $(PY) -m pytest -q
+ALL_CORES := -n auto
 CODE := --doctest-modules *.py toy tests
 
 test: .venv/dev
-	$(PYTEST) $(CODE)
+	$(PYTEST) $(ALL_CORES) $(CODE)
 	! command -v nvidia-smi > /dev/null || env -u CUDA_VISIBLE_DEVICES $(PYTEST) -m gpu tests
 
 test-fast: .venv/dev
-	$(PYTEST) -m "not slow" $(CODE)
+	$(PYTEST) $(ALL_CORES) -m "not slow" $(CODE)
 
 test-extras: .venv/dev .venv/extras
 	$(PYTEST) -m extras tests

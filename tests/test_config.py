@@ -516,6 +516,7 @@ def test_the_short_run_is_the_same_twice(places, tmp_path):
     assert trained(places, tmp_path / "a", []) == trained(places, tmp_path / "b", [])
 
 
+@pytest.mark.slow
 def test_max_rows_bounds_the_rows_decoded_at_once(places, monkeypatch, tmp_path):
     rows, generate = [], grading.generate
 

@@ -287,6 +287,7 @@ def test_an_outage_during_an_evaluation_keeps_the_step(monkeypatch):
     assert done == [4, "saved"]
 
 
+@pytest.mark.slow
 def test_a_local_grader(marks_checkpoint, train, world_of):
     local = dict(llm__grader__source="local", llm__grader__model=str(marks_checkpoint),
                  llm__grader__max_tokens=4)

@@ -100,6 +100,7 @@ def test_what_is_sent(client, serve, source_of):
     assert server.keys == {f"Bearer {client}"}
 
 
+@pytest.mark.slow
 def test_retry_after_is_respected(serve, source_of):
     server = serve(script=["429"], retry_after="1")
     source, began = source_of(server), time.perf_counter()
@@ -300,6 +301,7 @@ def test_no_object_or_several(text):
 
 # ------------------------------------------------------------------------------------ every key of every role
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", list(PROMPTS))
 def test_every_key_of_a_role_acts(role, tmp_path, monkeypatch, client, serve, source_of):
     """As the server sees model, base_url, api_key_env, prompt, temperature, max_tokens, concurrency,

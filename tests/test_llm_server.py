@@ -12,6 +12,7 @@ from toy.llm_server import RULES, extract, said, without
 from world import REPO
 
 
+@pytest.mark.slow
 def test_a_better_prompt_scores_better(lexicon_file):
     """Each rule that the shipped prompts state is worth something."""
     lex = lexicon.load(lexicon_file)

@@ -261,6 +261,7 @@ def smallest_of_two(path):
         return str(error)
 
 
+@pytest.mark.slow
 def test_all_ranks_refuse_where_one_has_too_little(run_ranks, tmp_path, tiny_checkpoint):
     first, second = run_ranks(smallest_of_two, 2, str(make_world(tmp_path, tiny_checkpoint)))
     assert first == second and "only 0.0 GiB can be used" in first

@@ -207,6 +207,7 @@ def test_what_is_too_long_can_be_dropped(loss, limit, left, train, tmp_path, tin
     assert lines[-1]["epoch"] == pytest.approx(8 / left)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", list(SCRIPTS))
 def test_evaluations_and_the_groups_to_show(loss, train, monkeypatch, tmp_path, tiny_checkpoint):
     """The last step is evaluated whatever eval_every. The groups are the same turns and noise before and
@@ -230,6 +231,7 @@ def test_evaluations_and_the_groups_to_show(loss, train, monkeypatch, tmp_path, 
     assert trained == (["sum"] * 2 if loss == "grpo" else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss, name", [("sft", "run/turns/train.jsonl"), ("dpo", "run/pairs.jsonl"),
                                         ("sft", "prompt.md"), ("dpo", "prompt.md"), ("grpo", "lexicon.yaml")])
 def test_a_resume_on_other_examples_is_refused(loss, name, train, refused, tmp_path, tiny_checkpoint):

@@ -175,6 +175,7 @@ def test_nearly_every_reply_is_recognised(lex):
             assert lexicon.complaint_of(text, lex) == name and not lexicon.revealed(None, text, lex), text
 
 
+@pytest.mark.slow
 def test_base_is_a_checkpoint_that_transformers_loads(world, usable):
     from transformers import AutoModelForCausalLM
     tokenizer = load_tokenizer(world / "base")
