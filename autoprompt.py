@@ -64,6 +64,7 @@ from records import (
     explain,
     f1,
     identity,
+    lock,
     read_jsonl,
     write_jsonl,
     write_text,
@@ -176,19 +177,17 @@ def readings(kind, source, cfg, prompt, anchors, seeds=(0,)):
         if kind == "grader":
             messages = grading.grader_messages(prompt, anchor.turn, anchor.response)
             return [source.submit(messages, grading.Grade, seed) for seed in seeds]
-        utts = hindsight.utterances(anchor.session.messages)
+        utts = hindsight.utterances(anchor.session.messages, cfg.hindsight.end_markers)
         messages = hindsight.extractor_messages(prompt, utts, anchor.session.goal or cfg.data.goal,
                                                 cfg.hindsight.generic)
         return [source.submit(messages, hindsight.Extraction, seed, utts) for seed in seeds]
 
-    def read(anchor, reply):
-        if kind == "grader":
-            return reply.score
-        return sum(reply.by_utterance(hindsight.utterances(anchor.session.messages)), [])
+    def read(reply):
+        return reply.score if kind == "grader" else list(map(str, reply.items))
 
     bar = tqdm(anchors, desc=kind, unit=" anchors", leave=False, disable=None)
     for anchor, replies in llm.in_order(source, bar, ask):
-        yield anchor, [reply and read(anchor, reply) for reply in replies]
+        yield anchor, [reply and read(reply) for reply in replies]
 
 
 def disagreement(kind, said):
@@ -538,6 +537,7 @@ def main():
         own = Own.model_validate(dict(a.split("=", 1) for a in argv if a.startswith(OWN)))
     except ValidationError as error:
         raise InputError(f"command line: {explain(error)}")
+    lock(cfg.run_path)
     own.anchors = own.anchors or f"anchors/{own.type}.jsonl"
     if own.type == "policy" and command is not calibrate:
         raise InputError("type=policy has no anchors: label examples for type=extractor or type=grader")

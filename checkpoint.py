@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import config
+import parallel
 from model import local, shard_rows
-from records import InputError, read_json, read_jsonl, write_json, write_jsonl
+from records import InputError, file_hash, read_json, read_jsonl, write_json, write_jsonl
 
 
 def open_run(cfg, rank):
@@ -70,16 +71,36 @@ def save(folder, step, model, optimizer, state, keep):
     for name, p, rows in tensors_of(model, optimizer):
         tensors[name] = rows.cpu().contiguous()
         offsets[name] = shard_rows(p)[0]
-    save_file(tensors, aside / f"rank_{rank:05d}.safetensors", metadata={"offsets": json.dumps(offsets)})
-    dist.barrier()
+    file = aside / f"rank_{rank:05d}.safetensors"
+    save_file(tensors, file, metadata={"offsets": json.dumps(offsets)})
+    hashes = dict(parallel.all_gather((file.name, file_hash(file))))
     if rank == 0:
         updates = int(next(iter(optimizer.state.values()))["step"])
-        write_json(aside / "state.json", {**state, "step": step, "updates": updates})
+        state = {**state, "step": step, "updates": updates, "hashes": hashes}
+        write_json(aside / "state.json", {**state, "hash": hash_of(state)})
         shutil.rmtree(out, ignore_errors=True)
         os.replace(aside, out)
         for old in all_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
+
+
+def hash_of(state):
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def read_state(path):
+    """A checkpoint's state.json (collective). Raises InputError where that, or a file of it, has changed."""
+    state = read_json(path / "state.json")
+    wrong = [] if state.pop("hash", None) == hash_of(state) else ["state.json"]
+    mine = sorted(state.get("hashes", {}))[dist.get_rank()::dist.get_world_size()]
+    wrong += [name for name in mine
+              if not (path / name).is_file() or file_hash(path / name) != state["hashes"][name]]
+    for names in parallel.all_gather(wrong):
+        for name in names:
+            raise InputError(f"{path / name} is not as it was written: remove the folder to go on from the "
+                             "checkpoint before")
+    return state
 
 
 def all_checkpoints(folder):
@@ -88,25 +109,19 @@ def all_checkpoints(folder):
 
 def load(path, model, optimizer):
     """Fill model and optimizer from a checkpoint written by any number of ranks. -> its state.json"""
-    state = read_json(path / "state.json")
-    files = []
+    state, files = read_state(path), []
     for file in path.glob("rank_*.safetensors"):
         f = safe_open(file, "pt")
         files.append((f, json.loads(f.metadata()["offsets"])))
     fresh_moments(model, optimizer, state["updates"])
     for name, p, rows in tensors_of(model, optimizer):
         first, last = shard_rows(p)
-        filled = 0
         for f, offsets in files:
             stored = f.get_slice(name)
             start = offsets[name]
             a, b = max(first, start), min(last, start + stored.get_shape()[0])
             if a < b:
                 rows[a - first:b - first] = stored[a - start:b - start]
-                filled += b - a
-        if filled != last - first:
-            raise InputError(f"checkpoint {path} lacks rows of {name}: remove the folder to go on from the "
-                             f"one before")
     return state
 
 

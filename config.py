@@ -29,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 
-from records import Exact, InputError, Share, explain, nearest, write_text
+from records import STOP, Exact, InputError, Share, explain, nearest, write_text
 
 
 class Stream(IntEnum):
@@ -93,8 +93,16 @@ class HindsightConfig(Exact):
         "stop", "a session that ends on a user utterance: its last point is a stop, or is dropped",
         "turns training")
     generic: list[str] = key(
-        ["pregnancy", "allergies"], "slots left out of I* because any context admits them",
+        [], "slots left out of I* because any context admits them (\"allergies\" means drug allergies too)",
         "turns pairs training scores")
+    many_valued: list[str] = key(
+        [], "slots of which a further value is news, as of symptom; of all others it is a correction, which "
+            "is nothing to ask for", "turns training scores")
+    end_markers: list[str] = key(
+        ["<med_search>", STOP], "an expert's message that is nothing but one of these ends the session",
+        "turns training scores")
+    max_failed: Share = key(
+        0.2, "llm: share of sessions without a usable extraction above which nothing is written", "")
     self_check: PositiveInt = key(
         1, "llm: extract so often, with other seeds, and report how far the results agree", "")
 
@@ -165,10 +173,10 @@ class TrainConfig(Exact):
         "auto", "token mean, mean of sequence means, or a constant length (rollout.max_new_tokens); auto: "
                 "the loss's own (sequence for gspo, else token)", read_by=RL)
     clip_low: Share | None = key(
-        None, "lower clip distance of the ratio; null: the loss's own (grpo 0.2, gspo 3e-4)",
+        None, "lower clip distance of the ratio; null: the loss's own (gspo 3e-4, else 0.2)",
         read_by="grpo gspo")
     clip_high: NonNegativeFloat | None = key(
-        None, "upper clip distance; null: the loss's own (grpo 0.2, gspo 4e-4)", read_by="grpo gspo")
+        None, "upper clip distance; null: the loss's own (gspo 4e-4, else 0.2)", read_by="grpo gspo")
     dual_clip: float | None = key(None, "bound of the ratio where A < 0; null: off", read_by="grpo", gt=1)
     is_floor: NonNegativeFloat = key(0.0, "smallest weight", read_by="cispo")
     is_cap: PositiveFloat = key(1.28, "largest weight, absolute", read_by="cispo")
@@ -250,8 +258,8 @@ class Config(Exact):
         t = self.train
         if t.aggregation == "auto" and t.loss not in ("sft", "dpo"):
             t.aggregation = "sequence" if t.loss == "gspo" else "token"
-        if t.loss in OWN_CLIP:
-            low, high = OWN_CLIP[t.loss]
+        if t.loss in OWN_CLIP or t.loss not in KNOWN_LOSSES:
+            low, high = OWN_CLIP.get(t.loss, OWN_CLIP["grpo"])
             t.clip_low = low if t.clip_low is None else t.clip_low
             t.clip_high = high if t.clip_high is None else t.clip_high
         return self
@@ -299,6 +307,8 @@ def contradictions(cfg):
     yield t.is_floor > t.is_cap, f"train.is_floor={t.is_floor} is above train.is_cap={t.is_cap}"
     yield len(t.betas) != 2 or not all(0 <= b < 1 for b in t.betas), (
         f"train.betas must be two numbers in [0, 1), not {t.betas!r}")
+    yield cfg.rollout.samples == 1 and t.steps != 0 and t.loss not in ("sft", "dpo"), (
+        f"rollout.samples=1 teaches {t.loss} nothing: it compares the responses of a group; set 2 or more")
     for name in ("rollout.samples", "eval.samples"):
         samples = attrgetter(name)(cfg)
         yield samples > cfg.rollout.max_rows, (
@@ -310,7 +320,18 @@ def contradictions(cfg):
 
 # ---------------------------------------------------------------------------------------------------- loading
 
-class Loader(yaml.SafeLoader):
+class EachKeyOnce(yaml.constructor.BaseConstructor):
+    """For a loader of YAML: a key that stands twice is an error (in YAML the last one wins, silently)."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [name.value for name, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"'{name}' stands twice below line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+class Loader(EachKeyOnce, yaml.SafeLoader):
     """Reads YAML in which 5e-7 is a number (in YAML 1.1 it is a text)."""
 
 
@@ -370,9 +391,9 @@ def flat_tree(tree, where, prefix=""):
 def unknown(name, where):
     if name in SECTIONS:
         return InputError(f"{where}: '{name}' is a section; set one of its keys, as in {name}.KEY=value")
-    whole = {n: n for n in [*FIELDS, *SECTIONS]}
     by_leaf = {n.split(".")[-1]: n for n in FIELDS}  # perhaps the right key in the wrong section
-    hint = nearest(name, whole) or nearest(name.split(".")[-1], by_leaf) or "; --help lists every key"
+    hint = (nearest(name, [*FIELDS, *SECTIONS]) or nearest(name.split(".")[-1], by_leaf, by_leaf.get)
+            or "; --help lists every key")
     return InputError(f"{where}: unknown key '{name}'{hint}")
 
 

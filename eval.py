@@ -27,9 +27,21 @@ import grading
 import model as decoder
 import parallel
 import report
-from metrics import MEANS, OTHERS, aligned, cell, heading, load_graded, metrics, paired, summarise, table
+from metrics import (
+    MEANS,
+    OTHERS,
+    aligned,
+    cell,
+    heading,
+    load_graded,
+    metrics,
+    paired,
+    session_of,
+    summarise,
+    table,
+)
 from prompts import encode_prompts, load_prompt, load_tokenizer, load_turns, read_turns
-from records import InputError, cli, read_json, write_json, write_jsonl, write_text
+from records import InputError, cli, lock, read_json, read_jsonl, write_json, write_jsonl, write_text
 from rollout import load_policy
 
 DECODINGS = {"sampled": "graded.jsonl", "greedy": "graded_greedy.jsonl"}
@@ -68,6 +80,8 @@ def evaluate_run(cfg):
     config.need(cfg, "model.path")
     rank, _, device = parallel.start()
     run, folder = cfg.run_path, model_of(cfg)
+    if rank == 0:
+        lock(run)
     judge = grading.open_judge(cfg)
     prompts = encode_prompts(load_tokenizer(folder), load_prompt(cfg.data.prompt),
                              load_turns(cfg, "eval"), cfg)
@@ -84,7 +98,11 @@ def evaluate_run(cfg):
         print(table(name, sampled, {"greedy": greedy}))
         for how, file in DECODINGS.items():
             write_jsonl(run / file, graded[how])
-        write_json(run / "eval.json", {**sampled, "model": str(folder), "decoding": name, "greedy": greedy})
+        log = run / "metrics.jsonl"
+        steps = max(line["step"] for _, line in read_jsonl(log)) if log.is_file() else 0
+        write_json(run / "eval.json", {**sampled, "model": str(folder), "decoding": name, "steps": steps,
+                                       "samples": cfg.eval.samples, "turns": world_of(graded["sampled"]),
+                                       "config": config.flatten(cfg), "greedy": greedy})
         page = report.write([run])
         print(f"wrote {run / 'eval.json'}, {page}; beside them {', '.join(DECODINGS.values())}")
     parallel.stop()
@@ -117,37 +135,71 @@ ORDERINGS = ("grpo sft tr", "sft base tr", "grpo base tr", "base dpo tr", "cispo
              "grpo sum tr", "grpo no_ra tr", "grpo no_ra wa_gh", "grpo no_rs tr", "grpo no_rs ws")
 
 
+# How a run was evaluated: what a table says aloud where it is not alike.
+HOW = "decoding samples steps turns".split()
+
+
+def world_of(graded):
+    """A hash of the turns that these rollouts answer."""
+    return hashlib.sha256(repr(sorted({(g.turn_id, g.truth) for g in graded})).encode()).hexdigest()[:8]
+
+
 def in_world(graded):
-    """Rollouts whose turn ids name their world, a hash of all its turns. So sessions pair up only where two
-    runs were evaluated on the same turns."""
-    world = hashlib.sha256(repr(sorted({(g.turn_id, g.truth) for g in graded})).encode()).hexdigest()[:8]
-    return [g.model_copy(update={"turn_id": f"{world}/{g.turn_id}"}) for g in graded]
+    """Rollouts whose sessions name their world. So sessions pair up only where two runs were evaluated on the
+    same turns."""
+    world = world_of(graded)
+    return [g.model_copy(update={"session_id": f"{world}/{session_of(g)}"}) for g in graded]
+
+
+def same_but_seed(made):
+    """What must be alike in runs that are pooled: {key: value}, with paths as they stand beside the run."""
+    root = str(Path(made["run_dir"]).parent)
+    return {name: str(value).replace(root, "") for name, value in made.items()
+            if name != "seed" and config.AFFECTS.get(name)}
 
 
 def read_rows(runs):
-    """Run folders -> {row: {"runs", "decoding", "sampled", "greedy", "tr_by_run"}}; runs of one folder name
-    are pooled. sampled and greedy are lists of Rollout."""
+    """Run folders -> {row: {"runs", "how", "sampled", "greedy", "tr_by_run"}}.
+
+    Runs of one folder name are seeds of one row, and pooled. InputError: they differ in more than the seed.
+    sampled and greedy are lists of Rollout; how says under which conditions each run was evaluated.
+    """
     rows = {}
     for run in map(Path, runs):
         for name in ("eval.json", *DECODINGS.values()):
             if not (run / name).is_file():
                 raise InputError(f"{run / name} does not exist: run eval.py with that run's config first")
         sampled, greedy = (in_world(load_graded(run / name)) for name in DECODINGS.values())
-        row = rows.setdefault(run.resolve().name, defaultdict(list))
+        row, found = rows.setdefault(run.resolve().name, defaultdict(list)), read_json(run / "eval.json")
+        if "config" not in found:
+            raise InputError(f"{run / 'eval.json'} does not tell its config: run eval.py with it again")
+        made = same_but_seed(found["config"])
+        for name, value in row.setdefault("made", made).items():
+            if made[name] != value:
+                raise InputError(f"{row['runs'][0]} and {run} have one name but differ in {name} ({value}, "
+                                 f"{made[name]}): only seeds of one experiment are pooled; rename a folder")
         row["runs"].append(str(run))
-        row["decoding"].append(read_json(run / "eval.json")["decoding"])
+        row["how"].append({name: found[name] for name in HOW})
         row["sampled"] += sampled
         row["greedy"] += greedy
         row["tr_by_run"].append(metrics(sampled)["tr"])
     return rows
 
 
+def unequal(rows):
+    """Yield a line for each condition that differs between rows, or between the seeds of one."""
+    for name in HOW:
+        values = {row: ", ".join(dict.fromkeys(str(how[name]) for how in found["how"]))
+                  for row, found in rows.items()}
+        if len(set(values.values())) > 1:
+            yield f"- {name} differ: {'; '.join(f'{LABELS.get(row, row)} {v}' for row, v in values.items())}"
+
+
 def summarise_runs(runs):
     """Run folders -> the object of table.json."""
     rows, shown, orderings = read_rows(runs), {}, []
     for name, row in rows.items():
-        summaries = {how: summarise(row[how]) for how in DECODINGS}
-        shown[name] = {**row, "decoding": ", ".join(dict.fromkeys(row["decoding"])), **summaries}
+        shown[name] = {**row, **{how: summarise(row[how]) for how in DECODINGS}}
         if name in PAPER:
             shown[name]["paper"] = PAPER[name]
     for better, worse, metric in map(str.split, ORDERINGS):
@@ -190,7 +242,7 @@ def orderings_table(orderings):
 def markdown(summary):
     """table.json's object -> the view: both decodings, the paper's numbers under each row, its orderings."""
     rows, orderings = summary["rows"], summary["orderings"]
-    decodings = ", ".join(dict.fromkeys(row["decoding"] for row in rows.values()))
+    decodings = ", ".join(dict.fromkeys(how["decoding"] for row in rows.values() for how in row["how"]))
     intervals = "with 95% intervals (bootstrap by session)"
     parts = [f"**Sampled ({decodings})**, {intervals}; under each row the paper's figures at 7B / 32B",
              rows_table(rows, "sampled"), f"**Greedy**, {intervals}", rows_table(rows, "greedy")]
@@ -198,6 +250,8 @@ def markdown(summary):
              for name, row in rows.items() if len(row["runs"]) > 1]
     if seeds:
         parts += ["**TR of each seed** (sampled)", "\n".join(seeds)]
+    if differ := list(unequal(rows)):
+        parts += ["**Not alike** (a row is compared with another as it is)", "\n".join(differ)]
     if orderings:
         parts += ["**The paper's orderings** and what holds here: paired difference with its 95% interval; "
                   "undecided where that includes 0", orderings_table(orderings)]

@@ -4,6 +4,7 @@ A language model is asked only where truth and decision are both continue, once 
 turn, and as soon as a response is there, while others are still being sampled.
 """
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -16,7 +17,8 @@ import llm
 import model as decoder
 import parallel
 import reward
-from prompts import Prompt, chat, dump, fill_goal, spoken, text_of
+import wording
+from prompts import Prompt, chat, dump, fill_goal, load_turns, spoken, text_of
 from records import Reply, Rollout, Score
 from rollout import Response, Sampling, generate
 
@@ -33,6 +35,8 @@ class Judge:
     lexicon: lexicon.Lexicon | None  # None where the rules do not grade and none is named
     grader: object | None  # the language model's source (llm.py), or None where the rules grade
     reward: config.RewardConfig
+    many_valued: list = ()  # slots, as hindsight.many_valued names them
+    garbled: Callable | None = None  # see wording.learn
 
 
 @dataclass
@@ -44,11 +48,18 @@ class Group:
 
 
 def open_judge(cfg):
-    """The judge that a config names. Raises InputError where the lexicon or the language model is missing."""
-    if cfg.reward.grader == "rules":
+    """The judge that a config names. The rules learn from the experts of the training turns what is garbled.
+
+    Raises InputError where the lexicon, the turns or the language model are missing.
+    """
+    grader = garbled = None
+    if cfg.reward.grader == "llm":
+        grader = llm.open_source("grader", cfg)
+    else:
         config.need(cfg, "data.lexicon")
-    return Judge(lexicon.load(cfg.data.lexicon) if cfg.data.lexicon else None,
-                 llm.open_source("grader", cfg) if cfg.reward.grader == "llm" else None, cfg.reward)
+        garbled = wording.learn(turn.expert or "" for turn in load_turns(cfg, "train"))
+    lex = lexicon.load(cfg.data.lexicon) if cfg.data.lexicon else None
+    return Judge(lex, grader, cfg.reward, cfg.hindsight.many_valued, garbled)
 
 
 def needs_grader(truth, response, judge):
@@ -60,7 +71,7 @@ def grader_messages(prompt, turn, response):
     """What the grader is asked. All that a group shares (instructions, conversation, I*) comes first and
     the candidate last, so that a server's prefix cache computes the shared part once. Texts are JSON
     strings: none can close its own delimiters."""
-    shared = dump({"conversation": spoken(turn.context), "targets": turn.target})
+    shared = dump({"conversation": spoken(turn.context), "known": turn.known, "targets": turn.target})
     return chat(fill_goal(prompt, turn.goal), f"{shared}\n\nCandidate: {dump(response)}")
 
 
@@ -74,15 +85,16 @@ def grade_one(turn, response, judge, verdict=None):
     elif asked:
         r_a = verdict and verdict.score
     else:
-        r_a = reward.r_a_rules(turn, response, judge.lexicon)
+        r_a = reward.r_a_rules(turn, response, judge.lexicon, judge.many_valued, judge.garbled)
     if not (right or how.omega_when_wrong == "score"):
         omega = 0.0
     elif asked and how.omega == "llm":
         omega = verdict and reward.OMEGA.get(verdict.questions, 0.0)
     else:
         omega = reward.omega_rule(response, decided, judge.lexicon)
-    return Rollout(turn_id=turn.turn_id, sample=0, response=response, truth=truth, decision=decided, r_a=r_a,
-                   r_s=right, omega=omega, reward=reward.fuse(r_a, right, omega, how.mode, how.beta))
+    return Rollout(turn_id=turn.turn_id, session_id=turn.session_id, sample=0, response=response, truth=truth,
+                   decision=decided, r_a=r_a, r_s=right, omega=omega,
+                   reward=reward.fuse(r_a, right, omega, how.mode, how.beta))
 
 
 def grade(turn, responses, judge, verdicts=None):

@@ -19,7 +19,7 @@ import json
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from functools import partial
+from functools import cache, partial
 from itertools import chain, combinations, starmap
 from pathlib import Path
 
@@ -41,6 +41,10 @@ from records import (
     cli,
     explain,
     f1,
+    file_hash,
+    is_named,
+    lock,
+    nearest,
     read_jsonl,
     same,
     slot_key,
@@ -86,6 +90,7 @@ class Utterance(Message):
     """Consecutive messages of one role."""
     learned: list[str]  # "slot: value" items that it reveals by the log's annotations
     question: bool  # does it ask for something?
+    final: bool = False  # did the expert end the session after it?
 
 
 def value_text(value):
@@ -110,22 +115,28 @@ def annotated(message):
             if value is not None and (text := value_text(value))]
 
 
-def utterances(messages):
+def utterances(messages, end_markers=config.default("hindsight.end_markers")):
     """Drop blank messages and merge consecutive ones of a role -> list of Utterance, roles alternating.
 
-    An assistant message asks if its `asks` is not empty; without `asks`, if it holds a question mark.
+    An assistant message asks if its `asks` is not empty; without `asks`, if it holds a question, courtesies
+    ("Anything else?") apart. One that is nothing but an end marker ends the session, and is left out with all
+    that follows.
 
     >>> session = Session(session_id="s", messages=[
     ...     {"role": "user", "content": "Hi"}, {"role": "user", "content": " "},
     ...     {"role": "user", "content": "a cough", "learned": {"symptom": "cough"}}])
     >>> utterances(session.messages)
-    [Utterance(role='user', content='Hi\\na cough', learned=['symptom: cough'], question=False)]
+    [Utterance(role='user', content='Hi\\na cough', learned=['symptom: cough'], question=False, final=False)]
     """
     out = []
     for m in messages:
         if is_blank(m.content):
             continue
-        question = lexicon.questions(m.content) > 0 if m.asks is None else bool(m.asks)
+        if m.role == "assistant" and m.content.strip() in end_markers:
+            if out:
+                out[-1].final = True
+            break
+        question = lexicon.expects_answer(m.content) if m.asks is None else bool(m.asks)
         if not out or out[-1].role != m.role:
             out.append(Utterance(role=m.role, content=m.content, learned=annotated(m), question=question))
             continue
@@ -160,6 +171,9 @@ class Item(Reply):
     slot: Text
     value: Text
 
+    def __str__(self):
+        return f"{self.slot.replace(':', ' ').strip()}: {self.value.strip()}"
+
     @field_validator("utterance")
     @classmethod
     def of_the_client(cls, number, info):
@@ -177,8 +191,7 @@ class Extraction(Reply):
         """For each utterance, the items ("slot: value") it reveals."""
         out = [[] for _ in utts]
         for item in self.items:
-            slot = item.slot.replace(":", " ").strip()
-            out[item.utterance - 1].append(f"{slot}: {item.value.strip()}")
+            out[item.utterance - 1].append(str(item))
         return out
 
 
@@ -205,7 +218,7 @@ class Extractor:
             yield session, [reply.by_utterance for reply in replies if reply]
 
     def ask(self, session):
-        utts = utterances(session.messages)
+        utts = utterances(session.messages, self.settings.end_markers)
         messages = extractor_messages(self.source.prompt, utts, session.goal, self.settings.generic)
         return [self.source.submit(messages, Extraction, seed, utts)
                 for seed in range(self.settings.self_check)]
@@ -213,60 +226,63 @@ class Extractor:
 
 # -------------------------------------------------------------------------------------------- decision points
 
-def still_unknown(facts, end, left_out):
-    """Items first revealed after utts[:end], in order, each once; slots in left_out are none."""
-    seen = set(map(same, chain(*facts[:end])))
-    target = []
-    for item in chain(*facts[end:]):
-        key = same(item)
-        if key not in seen and key[0] not in left_out:
-            seen.add(key)
-            target.append(item)
-    return target
+def each_once(facts):
+    """What utterances reveal -> {item as it is compared: the item where it stands first}."""
+    first = {}
+    for item in chain(*facts):
+        first.setdefault(same(item), item)
+    return first
 
 
 def decision_points(utts, facts, how):
-    """Yield (end, target, decision, dropped) for each user utterance.
+    """Yield (end, known, target, decision, dropped) for each user utterance.
 
-    The context is utts[:end], target is I* ("slot: value" items), decision is s*. dropped says why no turn is
-    made of the point, or is None. facts: for each utterance, the items it reveals. how: cfg.hindsight.
+    The context is utts[:end], known and target (I*) are "slot: value" items, decision is s*. dropped says why
+    no turn is made of the point, or is None. facts: for each utterance, the items it reveals. how:
+    cfg.hindsight.
 
     cough | since when? | two days, no fever | any allergies? | none | thanks, take this
     facts [["symptom: cough"], [], ["duration: two days", "fever: no"], [], ["allergies: none"], []], generic
     allergies. Point 1 wants duration and fever: continue. Point 2 wants nothing, as allergies are generic:
-    stop (stop_rule last_turn: dropped). Point 3 is the last: stop.
+    stop (stop_rule last_turn: dropped). Point 3 is the last: stop. Had the user said "three days" at point 3,
+    it would be a correction, which nobody could have asked for: a target only if duration is many-valued.
     """
     ends = [i for i, u in enumerate(utts, 1) if u.role == "user"]
-    left_out = set(map(slot_key, how.generic))
     for end in ends:
-        target = still_unknown(facts, end, left_out)
+        known = each_once(facts[:end])
+        answered = {slot for slot, _ in known}
+        target = [item for (slot, value), item in each_once(facts[end:]).items()
+                  if (slot, value) not in known and not is_named(slot, how.generic)
+                  and (slot not in answered or is_named(slot, how.many_valued))]
         last = end == ends[-1]
-        dropped = None
-        if last and end == len(utts) and how.user_end == "drop":
+        broken_off, dropped = last and not utts[-1].final, None
+        if broken_off and end == len(utts) and how.user_end == "drop":
             dropped = "session ends on a user utterance (hindsight.user_end=drop)"
-        elif last and end < len(utts) and utts[end].question:
+        elif broken_off and end < len(utts) and utts[end].question:
             dropped = "closing question never answered"
         elif not last and not target and how.stop_rule == "last_turn":
             dropped = "continue with an empty I* (hindsight.stop_rule=last_turn)"
-        yield end, target, "continue" if target and not last else "stop", dropped
+        yield end, list(known.values()), target, "continue" if target and not last else "stop", dropped
 
 
 def build_turns(session, extract, how):
-    """A session -> (its turns, Counter of dropped points by reason). extract: utterances -> items of each.
+    """A session -> (its turns, Counter of dropped points by reason, the items that each utterance reveals).
 
-    how: cfg.hindsight. Turns are numbered from 1 as in the paper; dropped ones leave a gap.
+    extract: utterances -> items of each; how: cfg.hindsight. Turns are numbered from 1 as in the paper;
+    dropped ones leave a gap.
     """
-    utts = utterances(session.messages)
+    utts = utterances(session.messages, how.end_markers)
     turns, dropped = [], Counter()
-    for t, (end, target, decision, why) in enumerate(decision_points(utts, extract(utts), how), 1):
+    facts = extract(utts)
+    for t, (end, known, target, decision, why) in enumerate(decision_points(utts, facts, how), 1):
         if why:
             dropped[why] += 1
             continue
         turns.append(Turn(
             turn_id=f"{session.session_id}_{t}", session_id=session.session_id, goal=session.goal,
             context=utts[:end], expert=utts[end].content if end < len(utts) else None,
-            target=target, decision=decision))
-    return turns, dropped
+            known=known, target=target, decision=decision))
+    return turns, dropped, facts
 
 
 def agreement(results):
@@ -287,6 +303,14 @@ def agreement(results):
 
 # ----------------------------------------------------------------------------------------------- file by file
 
+FAILED = "no usable extraction"
+
+
+@cache
+def unknown_key(kind, name):
+    return f"times the unknown key {name!r}{nearest(name, kind.model_fields)}"
+
+
 class Tally:
     """What became of the lines of one log file, and why."""
 
@@ -297,6 +321,7 @@ class Tally:
         self.turns = {}  # id of a session that gave turns: how many
         self.wanted = []  # sizes of I* at the continue turns
         self.aside, self.dropped, self.notes = Counter(), Counter(), Counter()
+        self.revealed, self.asked = set(), set()  # slots, as they are compared
         self.shown = []  # what is said of single lines
         self.checks = []  # see agreement
 
@@ -305,9 +330,17 @@ class Tally:
         if detail and self.aside[kind] <= SHOWN:
             self.shown.append(f"  {self.path}:{line}: set aside: {detail}")
 
-    def add(self, session, turns):
+    def add(self, session, turns, facts, generic):
         if turns:
             self.turns[session.session_id] = len(turns)
+        for item in chain(*facts):
+            slot = same(item)[0]
+            self.revealed.add(slot)
+            self.notes[f"items left out of I*: the slot {slot!r} is generic"] += is_named(slot, generic)
+        for m in session.messages:
+            self.asked.update(map(slot_key, m.asks or ()))
+        for record in (session, *session.messages):
+            self.notes.update(unknown_key(type(record), name) for name in record.model_extra)
         self.wanted += [len(turn.target) for turn in turns if turn.decision == "continue"]
         self.notes["blank messages left out"] += sum(is_blank(m.content) for m in session.messages)
         self.notes["sessions without a goal (set data.goal)"] += not session.goal
@@ -327,6 +360,25 @@ class Tally:
             print(f"  extractor: {llm.report(source)}")
         for line in self.shown:
             print(line)
+        if turns and not 0.02 <= 1 - rate <= 0.8:
+            print(f"  warning: {1 - rate:.1%} of the turns are stops: is everything found that users reveal?")
+        for what, slots in (("revealed and never asked for", self.revealed - self.asked),
+                            ("asked for and never revealed", self.asked - self.revealed)):
+            if self.asked and slots:
+                print(f"  warning: {what}: {', '.join(sorted(slots))}")
+
+    def check(self, how):
+        """Raise InputError where the turns cannot be right, or where there are none."""
+        failed = self.aside[FAILED]
+        if failed > how.max_failed * (failed + self.sessions):
+            raise InputError(f"{self.path}: {FAILED} for {failed} of {failed + self.sessions} sessions, above "
+                             f"hindsight.max_failed={how.max_failed}; the same command asks again for these")
+        if not self.turns:
+            raise InputError(f"{self.path} gave no turns, so nothing was written; see above why")
+        if not self.revealed:
+            raise InputError(f"{self.path}: no user reveals anything, so that every turn would be a stop; "
+                             f"nothing was written. See what hindsight.source={how.source} reads: the users' "
+                             "'learned' (annotations), data.lexicon (rules), what llm.extractor says (llm)")
 
 
 def usable(rows, tally, not_in, goal):
@@ -357,26 +409,24 @@ def build_file(path, out, extractor, not_in=()):
                unit=" sessions", disable=None)
     with open(out, "w", encoding="utf-8") as lines:
         for session, readings in extractor.read(usable(bar, tally, not_in, extractor.goal)):
-            tally.sessions += 1
             results = [build_turns(session, items_of, how) for items_of in readings]
             if not results:
-                points = sum(u.role == "user" for u in utterances(session.messages))
-                tally.dropped["extraction failed"] += points
+                tally.aside[FAILED] += 1
                 continue
-            turns, dropped = results[0]
+            tally.sessions += 1
+            turns, dropped, facts = results[0]
             lines.writelines(map(as_line, turns))
-            tally.add(session, turns)
+            tally.add(session, turns, facts, how.generic)
             tally.dropped.update(dropped)
             if how.self_check > 1:
-                tally.checks += agreement([made for made, _ in results])
+                tally.checks += agreement([made for made, *_ in results])
             if source:
                 n = source.tally.n
                 failed, tokens = n["invalid"] + n["failed"], (n["tokens_in"] + n["tokens_out"]) / 1e6
                 bar.set_postfix_str(f"{n['calls']} calls, {n['cached']} cached, {failed} failed, "
                                     f"{tokens:.2f}M tokens", refresh=False)
     tally.report(source)
-    if not tally.turns:
-        raise InputError(f"{path} gave no turns, so nothing was written; see above what was set aside")
+    tally.check(how)
     return tally
 
 
@@ -407,9 +457,10 @@ def main(argv=None):
     config.need(cfg, "data.logs")
     if cfg.hindsight.source == "rules":
         config.need(cfg, "data.lexicon")
+    lock(cfg.run_path)
     extractor = Extractor(cfg)
     folder = cfg.run_path / "turns"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".building.", dir=folder) as aside:
         aside = Path(aside)
         train = build_file(cfg.data.logs, aside / "train", extractor)
@@ -420,13 +471,15 @@ def main(argv=None):
         if valid and len(valid) == len(train.turns):
             raise InputError(f"data.valid_sessions={cfg.data.valid_sessions} leaves no session of "
                              f"{cfg.data.logs} to train on; lower it")
+        write_json(folder / "made.json", {"files": {}})  # until the end the files do not belong together
         split(aside / "train", folder, valid)
         if cfg.data.eval_logs:
             (aside / "eval").replace(folder / "eval.jsonl")
     for name, there in (("valid", valid), ("eval", cfg.data.eval_logs), ("self_check", checks)):
         if not there:  # what an earlier run with other settings left would mix with this one's
             (folder / f"{name}.jsonl").unlink(missing_ok=True)
-    write_json(folder / "made.json", config.made_with(cfg, "turns"))  # last: it vouches for the turns
+    files = {path.name: file_hash(path) for path in folder.glob("*.jsonl")}
+    write_json(folder / "made.json", {**config.made_with(cfg, "turns"), "files": files})
     if checks:
         write_checks(folder / "self_check.jsonl", checks, cfg.hindsight.self_check)
     for name in ("train", "eval", "valid"):

@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ValidationError, model_validator
 
+from config import EachKeyOnce
 from records import InputError, explain
 
 QUESTION_MARKS = "?？﹖؟⸮\u037e՞፧⁇⁈⁉‽❓❔"
@@ -27,8 +28,9 @@ LONGEST_RESPONSE = 600  # characters; a longer one is no question to a user, wha
 LONGEST_SENTENCE = 30  # words
 MOST_ATTRIBUTES = 3  # in one sentence
 
+_URL = re.compile(r"(?:https?://|www\.|[\w-]+(?:\.[\w-]+)+/)[!-~]*[0-9A-Za-z/=&#-]")
 _END = re.compile(
-    rf"([{QUESTION_MARKS}]|(?<!\be\.g)(?<!\bi\.e)(?<!\bdr)(?<!\bmr)(?<!\bmrs)"
+    rf"([{QUESTION_MARKS}]|(?<=[\u0370-\u03ff\u1f00-\u1fff]);|(?<!\be\.g)(?<!\bi\.e)(?<!\bdr)(?<!\bmr)(?<!\bmrs)"
     rf"[.!…](?=[\s.!…\"”’)]|$)|[。！｡\n])", re.I)
 _SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _NO_WORD = rf"\s{_SPACELESS}!-&(-/:-@\[-`{{-~。，、！；：…“”‘（）《》—–{QUESTION_MARKS}"
@@ -121,10 +123,14 @@ class Lexicon(Entry):
                 for value, patterns in entry.values.items() for p in patterns]
 
 
+class TextLoader(EachKeyOnce, yaml.BaseLoader):
+    """Reads every scalar as a text: YAML 1.1 would read the keys `yes` and `on` as True."""
+
+
 def load(path):
     """Read a lexicon YAML -> Lexicon. InputError names the file and the key."""
-    try:  # BaseLoader keeps every scalar a string: YAML 1.1 would read the keys `yes` and `on` as True
-        return Lexicon.model_validate(yaml.load(Path(path).read_text("utf-8"), yaml.BaseLoader))
+    try:
+        return Lexicon.model_validate(yaml.load(Path(path).read_text("utf-8"), TextLoader))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"lexicon {path} cannot be read ({error})")
     except yaml.YAMLError as error:
@@ -175,9 +181,11 @@ def sentences(text):
 
     >>> sentences("I see. How long?! 多久了？？ Over 38.5, e.g. at night")
     [('I see', False), ('How long', True), ('多久了', True), ('Over 38.5, e.g. at night', False)]
+    >>> sentences("Πόσο καιρό; Look: https://a.org/?q=1.")  # Greek asks with a semicolon, a link asks nothing
+    [('Πόσο καιρό', True), ('Look:', False)]
     """
-    pieces = [*_END.split(text), "."]
-    return [(piece.strip(), end in QUESTION_MARKS) for piece, end in zip(pieces[::2], pieces[1::2])
+    pieces = [*_END.split(_URL.sub("", text)), "."]
+    return [(piece.strip(), end in QUESTION_MARKS + ";") for piece, end in zip(pieces[::2], pieces[1::2])
             if any(map(str.isalnum, piece))]
 
 
@@ -188,6 +196,20 @@ def questions(text):
     [2, 0, 0, 1]
     """
     return sum(is_question for _, is_question in sentences(text))
+
+
+_COURTESY = re.compile(
+    r"\b(?:any|some)thing (?:else|more)\b|\bany (?:other|more|further) questions?\b|\b(?:can|may) i help\b"
+    r"|^(?:is that |that's )?(?:ok|okay|all ?right|clear)$|还有.*[吗么]$|(?:好|可以|明白|清楚)[吗么]$", re.I)
+
+
+def expects_answer(text):
+    """Does a text ask for something, courtesies apart?
+
+    >>> [expects_answer(t) for t in ("Anything else? Take care!", "How long? Please reply.", "OK?")]
+    [False, True, False]
+    """
+    return any(is_question and not _COURTESY.search(sentence) for sentence, is_question in sentences(text))
 
 
 # ----------------------------------------------------------------------------------- what a question asks for

@@ -19,8 +19,8 @@ import numpy as np
 from records import InputError, Rollout, read_records
 from reward import fuse
 
-MEANS = ("wa", "wa_gh", "wc", "ws", "aa", "fc", "tr", "wa_all")
-OTHERS = ("top_share", "distinct", "n", "failed")
+MEANS = "wa wa_gh wc ws aa fc tr wa_all".split()
+OTHERS = "top_share distinct n failed".split()
 
 
 def scores_of(g):
@@ -53,10 +53,15 @@ def metrics(graded):
             "top_share": max(said.values()) / said.total() if said else None, "distinct": len(said)}
 
 
+def session_of(g):
+    """A rollout's session; where the file does not name it, what stands before the turn id's last "_"."""
+    return g.session_id or g.turn_id.rpartition("_")[0] or g.turn_id
+
+
 def by_session(graded):
     """-> (sessions [S] in order, [2, S, K]: the sums of their scores and how many scores each sum holds)."""
     scores = score_matrix(graded)
-    sessions, row = np.unique([g.turn_id.rpartition("_")[0] for g in graded], return_inverse=True)
+    sessions, row = np.unique([session_of(g) for g in graded], return_inverse=True)
     sums, counts = part = np.zeros((2, len(sessions), len(MEANS)))
     np.add.at(sums, row, np.nan_to_num(scores))
     np.add.at(counts, row, np.isfinite(scores))

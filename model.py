@@ -175,7 +175,7 @@ class Shape:
 
 
 FEW_ROWS = 400  # a CPU multiplies up to so many rows faster with the weights on the left
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+SIZES = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size".split()
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -233,6 +233,16 @@ def fault_of(c, kind, rope, rope_type):
 def wide(x):
     """x in float32 at least: the type that softmax and log-probs are computed in."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def logits_of(x, weight):
+    """x [N, H], weight [V, H] -> x W^T [N, V] in float32 at least.
+
+    A logit rounded to bfloat16 would move a log-prob by more than all that sampler and trainer differ in.
+    """
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    return wide(x) @ wide(weight).T
 
 
 def rope_angles(shape, positions, dtype):
@@ -348,7 +358,7 @@ class Decoder(nn.Module):
         if not shape.tied:
             self.lm_head = nn.Linear(shape.hidden, shape.vocab, bias=False)
 
-    def forward(self, tokens, positions, attend, select=None, head=F.linear):
+    def forward(self, tokens, positions, attend, select=None, head=logits_of):
         """Logits [M, V] of packed tokens [N] at their positions [N].
 
         select [M]: packed rows whose next token is asked for (None: all). In the last layer `attend` gets the

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import model as decoder
-from model import wide
+from model import logits_of, wide
 
 LOGITS = 2 ** 26  # logits in memory at once for log-probs: 256 MiB in float32, a few times over
 
@@ -121,7 +121,7 @@ class TokenLogprobs(torch.autograd.Function):
     def forward(ctx, x, weight, targets, temperature, entropy_grad):
         lse, logp, entropy = (wide(x[:0]).new_empty(len(x)) for _ in range(3))
         for c in chunks(x, weight):
-            z = wide(x[c] @ weight.T).div_(temperature)
+            z = logits_of(x[c], weight).div_(temperature)
             lse[c] = z.logsumexp(-1)
             logp[c] = z.gather(-1, targets[c, None])[:, 0] - lse[c]
             p = (z - lse[c, None]).exp_()
@@ -139,7 +139,7 @@ class TokenLogprobs(torch.autograd.Function):
         dx = torch.empty_like(x)
         dw = torch.zeros_like(weight, dtype=lse.dtype)
         for c in chunks(x, weight):
-            logp = wide(x[c] @ weight.T).div_(ctx.temperature).sub_(lse[c, None])
+            logp = logits_of(x[c], weight).div_(ctx.temperature).sub_(lse[c, None])
             dz = logp.exp()
             if entropy is None:
                 dz.mul_(-d_logp[c, None])

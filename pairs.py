@@ -22,7 +22,20 @@ import config
 import lexicon
 import llm
 from prompts import chat, dump, expert_response, fill_goal, load_turns, spoken
-from records import InputError, Pair, Reply, Text, cli, read_json, same, slot_key, write_json, write_jsonl
+from records import (
+    InputError,
+    Pair,
+    Reply,
+    Text,
+    cli,
+    is_named,
+    lock,
+    read_json,
+    same,
+    slot_key,
+    write_json,
+    write_jsonl,
+)
 
 
 def questions_asked(turns, complaints, lex):
@@ -43,13 +56,14 @@ def build_pairs(turns, lex, generic, seed=0):
     pairs, left_out = [], Counter()
     complaints = [lexicon.complaint_in(turn, lex) for turn in turns]
     pool = list(questions_asked(turns, complaints, lex))
+    dull = [attribute for attribute in lex.attributes if is_named(attribute, generic)]
     turns = tqdm(turns, "pairs", unit=" turns", disable=None)
     for i, (turn, complaint) in enumerate(zip(turns, complaints)):
         if not complaint:
             left_out["no complaint recognised"] += 1
             continue
-        wanted = {same(item)[0] for item in turn.target}
-        named = chain(lex.complaints[complaint].attributes, generic, *lexicon.facts(turn.context, lex))
+        wanted = {same(item)[0] for item in turn.known + turn.target}
+        named = chain(lex.complaints[complaint].attributes, dull, *lexicon.facts(turn.context, lex))
         relevant = wanted.union(map(slot_key, named))  # what a rejected response must not ask for
         rng = np.random.default_rng([seed, config.Stream.PAIRS, i])
         tries = rng.integers(len(pool), size=200) if pool else ()
@@ -95,6 +109,7 @@ def same_made(cfg):
 
 def main():
     cfg = config.load(sys.argv[1:], __doc__)
+    lock(cfg.run_path)
     turns, out = load_turns(cfg, "train"), cfg.run_path / "pairs.jsonl"
     if cfg.llm.writer.model:
         pairs, left_out = written_pairs(turns, llm.open_source("writer", cfg))

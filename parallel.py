@@ -1,5 +1,8 @@
 """One process per device: start the process group, shard a model with FSDP2, exchange small objects."""
+import ctypes
 import os
+import signal
+import sys
 import time
 
 import torch
@@ -16,6 +19,8 @@ def start():
 
     -> (rank, world, device). InputError: this process has no GPU of its own.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with a torchrun that is killed
     cuda = torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if cuda else torch.device("cpu")

@@ -119,7 +119,7 @@ def step_memory(job):
     # Log-probs are computed for a chunk of tokens. Embedding and head stay gathered; so does a layer at work,
     # and in the backward pass the next one.
     logits = min(scored, max(1, pack.LOGITS // s.vocab)) * s.vocab
-    logprobs = logits * (2 * master + (compute < 4) * compute)
+    logprobs = 2 * logits * master
     head_grads = s.hidden * (s.vocab * (master + compute) + scored * compute)
     mlp_grad = 3 * s.mlp * compute  # bytes a token: of the MLP's four parts the product is gone by then
     root = compute * job.root
@@ -154,10 +154,10 @@ def rollout_memory(job):
     prompt_tokens = prompts * r.max_prompt_tokens
     cached = prompt_tokens + rows * r.max_new_tokens
     prefill = forward_peak(job, max(min(rollout.PREFILL_TOKENS, prompt_tokens), r.max_prompt_tokens))
-    row = compute + 2 * master + (compute < 4) * master  # logits, scaled, log-probs
+    row = 3 * master  # logits, scaled, log-probs
     if job.cfg.train.eval_every and job.cfg.eval.top_p < 1:
         row += 3 * master + 8  # sorted, with their places
-    draw = s.vocab * (prompts * compute + rows * row)
+    draw = s.vocab * (prompts * master + rows * row)
     return {"weights, whole": job.whole * compute,
             "KV cache": 2 * compute * s.layers * s.kv_heads * s.head_dim * cached,
             # on CUDA the decoding graphs keep their memory while prompts are computed

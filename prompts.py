@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import config
-from records import STOP, InputError, Turn, read_json, read_records
+from records import STOP, InputError, Turn, file_hash, read_json, read_records
 
 PROMPTS = {"extractor": "prompts/extractor.md", "grader": "prompts/grader.md",
            "writer": "prompts/rejected.md"}
@@ -20,7 +20,7 @@ PROMPTS = {"extractor": "prompts/extractor.md", "grader": "prompts/grader.md",
 def turns_file(cfg, name):
     """The path of run_dir/turns/NAME.jsonl.
 
-    Raises InputError where it is missing or was made with other settings.
+    Raises InputError where it is missing, was made with other settings, or is not as hindsight.py left it.
     """
     path = cfg.run_path / "turns" / f"{name}.jsonl"
     if not path.is_file():
@@ -31,6 +31,9 @@ def turns_file(cfg, name):
     for key in config.changed(cfg, "turns", made):
         raise InputError(f"{path.parent} was made with {key}={made[key]!r}, this config has "
                          f"{config.flatten(cfg)[key]!r}: run hindsight.py with this config again")
+    if made and made.get("files", {}).get(path.name) != file_hash(path):
+        raise InputError(f"{path} is not as hindsight.py left it (edited or interrupted): run it with "
+                         f"this config again, or remove {stamp} to use the file as it is")
     return path
 
 
@@ -68,6 +71,12 @@ def load_tokenizer(path):
         raise InputError(f"model.path: no tokenizer could be loaded from {str(path)!r} ({reason})")
     if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):  # made without complaint
         raise InputError(f"model.path: the tokenizer at {path} is empty: its tokenizer.json is missing")
+    shape = Path(path) / "config.json"
+    rows = read_json(shape).get("vocab_size") if shape.is_file() else None
+    last = max(tokenizer.get_vocab().values())
+    if rows and last >= rows:
+        raise InputError(f"model.path: the tokenizer at {path} has a token {last}, the embedding only {rows} "
+                         "rows: tokenizer and weights are not of one model")
     return tokenizer
 
 

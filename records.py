@@ -6,10 +6,12 @@ file, and a rerun replaces it. `InputError` is the one exception for what a user
 it as a single line (`cli`).
 """
 import difflib
+import fcntl
 import hashlib
 import json
 import os
 import re
+import socket
 import sys
 import unicodedata
 from contextlib import contextmanager
@@ -59,10 +61,10 @@ WANTED = {"string_type": "a text", "int_type": "a whole number", "int_from_float
           "less_than_equal": "at most {le:g}", "literal_error": "{expected}"}
 
 
-def nearest(name, names):
-    """-> "; did you mean 'x'?" for the nearest of the names, or nothing. names: {name: how it is shown}"""
+def nearest(name, names, shown=str):
+    """-> "; did you mean 'x'?" for the nearest of the names, or nothing. shown(name): as it is shown."""
     near = difflib.get_close_matches(str(name), names, 1)
-    return f"; did you mean '{names[near[0]]}'?" if near else ""
+    return f"; did you mean '{shown(near[0])}'?" if near else ""
 
 
 def explain(error):
@@ -89,7 +91,7 @@ def explain(error):
     if kind not in WANTED:
         return f"{where}: {fault['msg']}"
     choices = re.findall(r"'([^']*)'", context.get("expected", ""))
-    hint = nearest(given, dict(zip(choices, choices)))
+    hint = nearest(given, choices)
     return f"{where} must be {WANTED[kind].format(**context)}, not {shorten(given)}{hint}".strip()
 
 
@@ -172,6 +174,7 @@ class Session(Record):
     session_id: Annotated[Text, BeforeValidator(whole_number_to_text)]
     messages: list[LogMessage] = Field(min_length=1)
     goal: str | None = None  # what the expert is after; wins over data.goal
+    diagn: Any = None  # the diagnosis, in RealMedConv; not used
     success: bool | None = None  # false: the session teaches nothing and is set aside
 
 
@@ -182,6 +185,7 @@ class Turn(Record):
     goal: str | None = ""
     context: list[Message] = Field(min_length=1)  # C_{t-1}: everything up to the end of a user utterance
     expert: str | None = None  # what the expert said next
+    known: list[str]  # "slot: value" items that the context has revealed
     target: list[str]  # I*: "slot: value" items that the user reveals only later
     decision: Decision  # s*
 
@@ -189,6 +193,7 @@ class Turn(Record):
 class Rollout(Record):
     """One response to a turn, graded. r_a, omega and reward are null where the grading failed."""
     turn_id: str
+    session_id: str | None = None
     sample: int = 0
     response: str
     truth: Decision  # s*
@@ -252,6 +257,16 @@ def normal(text):
 def slot_key(slot):
     """A slot's name as it is compared: "Code_Type " and "code type" are one."""
     return normal(str(slot).replace("_", " "))
+
+
+def is_named(slot, names):
+    """Is a slot one of these names, or a kind of it: are all words of a name among its own?
+
+    >>> is_named("drug allergies", ["Allergies"]), is_named("drug", ["drug allergies"])
+    (True, False)
+    """
+    words = set(slot_key(slot).split())
+    return any(words.issuperset(slot_key(name).split()) for name in names)
 
 
 def same(item):
@@ -346,6 +361,30 @@ def write_json(path, obj):
 
 def read_json(path):
     return json.loads(Path(path).read_text("utf-8"))
+
+
+def file_hash(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+LOCKS = {}  # folder: its open lock file, held until the process ends
+
+
+def lock(folder, name=".lock"):
+    """Keep other processes out of a folder until this one ends. InputError: another one is in it."""
+    path = Path(folder) / name
+    if path in LOCKS:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    f = open(path, "a")
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"{folder} is in use by {path.read_text()}: wait until it ends, end it, or choose "
+                         "another run_dir")
+    path.write_text(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv)})")
+    LOCKS[path] = f
 
 
 def identity(path):

@@ -36,48 +36,54 @@ from records import (
 from reward import advantages
 
 # One of these is enough.
-FILES = ("metrics.jsonl", "eval.json", "groups_before.jsonl", "groups_after.jsonl", "graded.jsonl")
+FILES = "metrics.jsonl eval.json groups_before.jsonl groups_after.jsonl graded.jsonl".split()
 SHOWN = 24  # turns of graded.jsonl to show where a run has no groups files
 COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #8c7ae6 #8a8a8a".split()  # six: Okabe-Ito
 PHASES = {"rollout_s": "sampling", "grade_s": "grading", "train_s": "training", "eval_s": "evaluation"}
 VISIBLE = {c: 0x2400 + c for c in range(32) if c not in (9, 10)}  # control characters get a picture
 VISIBLE[127] = 0x2421
 VISIBLE |= dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000)), 0xFFFD)  # UTF-8 has no lone surrogates
-CHARTS = {  # section: (title, figures of a step or an evaluation, caption)
-    "Reward": (
-        ("R", "reward", "Training reward, mean over the responses of a step (of an evaluation: TR)."),
-        ("TR", "tr", "The same responses by the evaluation's reward, R_s (1 + 2 R_a) + Omega."),
-        ("R_a", "wa", "Mean R_a where truth and decision are both continue: do the questions ask for I*?"),
-        ("R_s", "aa", "Share of right decisions between continue and stop."),
-        ("Omega", "fc", "Mean Omega: one question and no more, or the bare stop marker.")),
-    "Metrics": (
-        ("WA", "wa", "Mean R_a where truth and decision are both continue."),
-        ("WA-GH", "wa_gh", "Share of R_a = 1 where truth and decision are both continue."),
-        ("WC", "wc", "Share of right decisions where the truth is continue."),
-        ("WS", "ws", "Share of right decisions where the truth is stop."),
-        ("AA", "aa", "Share of right decisions."),
-        ("FC", "fc", "Mean Omega, the form of the responses."),
-        ("TR", "tr", "Mean of R_s (1 + 2 R_a) + Omega.")),
-    "Training": (
-        ("Loss", "loss", "Loss of each step."),
-        ("Learning rate", "lr", "Learning rate of each step."),
-        ("Response length", "length", "Mean tokens of a response."),
-        ("Cut-off share", "cut_off", "Share of responses that reached rollout.max_new_tokens."),
-        ("Entropy", "entropy", "Mean entropy of the next-token distribution over response tokens, in nats."),
-        ("Clip share", "clip_share", "Share of response tokens whose ratio was clipped."),
-        ("Sampler/trainer gap", "gap_max gap_mean",
-         "|sampler's log-prob - trainer's|, same weights: solid the largest, dotted the mean; log axis."),
-        ("KL", "kl", "Mean of log pi - log pi_ref over response tokens."),
-        ("Gradient norm", "grad_norm", "Global gradient norm before clipping."),
-        ("Skipped groups", "skipped_groups", "Share of groups not trained on: all advantages are zero."),
-        ("Most frequent response", "top_share", "Its share among the responses at a step's continue turns."),
-        ("Distinct responses", "distinct", "Number of different responses at a step's continue turns."),
-        ("Preference accuracy", "accuracy",
-         "Share of pairs whose chosen response has the higher implicit reward."),
-        ("Margin", "margin", "Mean implicit reward of the chosen response minus that of the rejected one."),
-        ("Implicit rewards", "chosen_reward rejected_reward",
-         "Mean over pairs: solid chosen, dotted rejected.")),
-    "Time": (("By phase", "", ""),)}
+# Sections; in each its charts: title | figures of a step or an evaluation | caption.
+CHARTS, section = {}, ""
+for line in """
+Reward
+  R | reward | Training reward, mean over the responses of a step (of an evaluation: TR).
+  TR | tr | The same responses by the evaluation's reward, R_s (1 + 2 R_a) + Omega.
+  R_a | wa | Mean R_a where truth and decision are both continue: do the questions ask for I*?
+  R_s | aa | Share of right decisions between continue and stop.
+  Omega | fc | Mean Omega: one question and no more, or the bare stop marker.
+Metrics
+  WA | wa | Mean R_a where truth and decision are both continue.
+  WA-GH | wa_gh | Share of R_a = 1 where truth and decision are both continue.
+  WC | wc | Share of right decisions where the truth is continue.
+  WS | ws | Share of right decisions where the truth is stop.
+  AA | aa | Share of right decisions.
+  FC | fc | Mean Omega, the form of the responses.
+  TR | tr | Mean of R_s (1 + 2 R_a) + Omega.
+Training
+  Loss | loss | Loss of each step.
+  Learning rate | lr | Learning rate of each step.
+  Response length | length | Mean tokens of a response.
+  Cut-off share | cut_off | Share of responses that reached rollout.max_new_tokens.
+  Entropy | entropy | Mean entropy of the next-token distribution, in nats, over the tokens trained on.
+  Clip share | clip_share | Share of the tokens trained on at which the clip acts.
+  Sampler/trainer gap | gap_max gap_mean | Of log-probs: solid the largest, dotted the mean; log axis.
+  KL | kl | Mean of log pi - log pi_ref over response tokens.
+  Gradient norm | grad_norm | Global gradient norm before clipping.
+  Skipped groups | skipped_groups | Share of groups not trained on: all advantages are zero.
+  Most frequent response | top_share | Its share among the responses at a step's continue turns.
+  Distinct responses | distinct | Number of different responses at a step's continue turns.
+  Preference accuracy | accuracy | Share of pairs whose chosen response has the higher implicit reward.
+  Margin | margin | Mean implicit reward of the chosen response minus that of the rejected one.
+  Implicit rewards | chosen_reward rejected_reward | Mean over pairs: solid chosen, dotted rejected.
+Time
+  By phase |  |
+""".strip().splitlines():
+    title, *rest = map(str.strip, line.split("|"))
+    if rest:
+        CHARTS[section].append((title, *rest))
+    else:
+        CHARTS[section := title] = []
 
 
 @dataclass

@@ -11,7 +11,7 @@ comparing the two compares beta 1 with beta 2.
 This file stands alone: no torch, no server. R_a by rules is below; grading.py asks a language model instead.
 """
 import lexicon
-from records import STOP, same, slot_key
+from records import STOP, is_named, same, slot_key
 
 OMEGA = {1: 1.0, 2: 0.5}  # by the number of questions; else 0
 
@@ -42,12 +42,12 @@ def omega_rule(response, decided, lex=None):
 
 
 def fuse(r_a, right, omega, mode="product", beta=2.0):
-    """R_a, R_s and Omega -> R, between 0 and 4; None where the grading failed (R_a or Omega is None).
+    """R_a, R_s and Omega -> R, between 0 and 4; None where it needs what a failed grading left out (None).
 
     >>> [fuse(0.5, 1.0, 1.0, mode) for mode in ("product", "sum", "no_ra", "no_rs")]
     [3.0, 2.5, 4.0, 2.0]
     """
-    if r_a is None or omega is None:
+    if omega is None or r_a is None and mode != "no_ra":
         return None
     if mode == "product":
         return right * (1 + beta * r_a) + omega
@@ -60,12 +60,17 @@ def fuse(r_a, right, omega, mode="product", beta=2.0):
     raise ValueError(f"unknown reward mode {mode!r}")
 
 
-def r_a_rules(turn, response, lex):
+def r_a_rules(turn, response, lex, many_valued=(), garbled=None):
     """R_a by the lexicon's rules, at a turn whose truth is continue.
 
     1: every attribute the response asks for is in I*. 0.5: some are, or some belong to this complaint and are
-    unknown so far, or the question is generic. 0: all known or irrelevant, or no well-formed question at all.
+    unknown so far or may have a further value, or the question is generic. 0: all known or irrelevant, or no
+    well-formed question at all.
+
+    many_valued: hindsight.many_valued. garbled(text): does it hold a question that no expert would put so?
     """
+    if garbled and garbled(response):
+        return 0.0
     asked = lexicon.asked(response, lex)
     if not asked:
         return 0.5 if lexicon.asks_generic(response, lex) else 0.0
@@ -73,10 +78,10 @@ def r_a_rules(turn, response, lex):
     hits = [slot_key(attribute) in wanted for attribute in asked]
     if all(hits):
         return 1.0
-    known = set().union(*lexicon.facts(turn.context, lex))
+    known = {same(item)[0] for item in turn.known}
     complaint = lexicon.complaint_in(turn, lex)
     relevant = lex.complaints[complaint].attributes if complaint else lex.attributes
-    useful = set(asked) & set(relevant) - known
+    useful = any(slot_key(a) not in known or is_named(a, many_valued) for a in set(asked) & set(relevant))
     return 0.5 if any(hits) or useful else 0.0
 
 

@@ -36,7 +36,7 @@ from prompts import (
     turns_file,
     within_limit,
 )
-from records import InputError, write_jsonl
+from records import InputError, lock, write_jsonl
 from rollout import Policy
 
 MAX_BAD_STEPS = 5  # steps in a row without a finite gradient
@@ -133,6 +133,8 @@ def start(argv, doc, script):
     dtype, folder = parallel.compute_dtype(cfg.model.dtype, device), decoder.resolve(cfg.model.path)
     plan.check(plan.Job(cfg, decoder.read_shape(folder), world, device),
                min(parallel.all_gather(plan.capacity(cfg, device))))
+    if rank == 0:
+        lock(cfg.run_path)
     checkpoint.open_run(cfg, rank)
     tokenizer = load_tokenizer(folder)
     return Run(cfg, rank, world, device, dtype, cfg.run_path, folder,
@@ -249,18 +251,21 @@ def zeros(model, names):
 
 
 def optimizer_step(model, optimizer, grad_clip, figures, maxima=()):
-    """Clip the gradient by its global norm and step, unless it is not finite (collective).
+    """Clip the gradient by its global norm and step (collective).
 
-    figures: {name: 0-dim tensor} of this rank, to be summed over ranks; of those in maxima the largest is
-    taken. All reach the host together, in one synchronisation. -> {name: number}, grad_norm and finite.
+    No step is made where gradient or loss is not finite, nor where the gradient is 0: momentum alone must not
+    move the weights. figures: {name: 0-dim tensor} of this rank, to be summed over ranks; of those in
+    maxima the largest is taken. All reach the host together, in one synchronisation. -> {name: number},
+    grad_norm and finite.
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     ranks = parallel.all_gather_numbers(torch.stack([*figures.values(), norm.double()]))
-    whole = {name: (max if name in maxima else sum)(values) for name, values in zip(figures, zip(*ranks))}
+    whole = {name: np.max(values) if name in maxima else sum(values)  # of numbers and a NaN: the NaN
+             for name, values in zip(figures, zip(*ranks))}
     norm = ranks[0][-1]
-    finite = math.isfinite(norm)
-    if finite:
+    finite = math.isfinite(norm) and math.isfinite(whole["loss"])
+    if finite and norm:
         optimizer.step()
     return whole | {"grad_norm": norm if finite else None, "finite": finite}
 
@@ -285,9 +290,8 @@ def end_step(run, record, boundary=True):
             raise
     run.log.write(record)
     if run.bad == MAX_BAD_STEPS:
-        raise InputError(f"{run.bad} steps in a row had a non-finite gradient (last: step {run.step}): lower "
-                         "train.lr and start in a new run_dir (copy turns/ there, and checkpoints/ to go on "
-                         "from the last)")
+        raise InputError(f"{run.bad} steps in a row had no finite loss or gradient (last: step {run.step}): "
+                         "lower train.lr and start in a new run_dir (with turns/, and checkpoints/ to go on)")
     if boundary:
         if due(t.checkpoint_every, run.synced, run.step, run.total):
             save(run)
@@ -295,6 +299,9 @@ def end_step(run, record, boundary=True):
 
 
 def save(run):
+    """Write a checkpoint, unless the last step was a bad one: its weights are not to be gone on from."""
+    if run.bad:
+        return
     checkpoint.save(run.dir / "checkpoints", run.step, run.model, run.optimizer,
                     {"bad_steps": run.bad, "inputs": run.inputs}, run.cfg.train.keep_checkpoints)
 

@@ -22,10 +22,10 @@ import model as decoder
 import report
 from pairs import same_made
 from prompts import PROMPTS
-from records import InputError, cli, identity, read_json, write_json
+from records import InputError, cli, identity, lock, read_json, write_json
 from run import script_of
 
-FILES = ("data.logs", "data.eval_logs", "data.lexicon", "data.prompt", "data.prompt_no_stop")
+FILES = "data.logs data.eval_logs data.lexicon data.prompt data.prompt_no_stop".split()
 
 
 def inputs_of(cfg, path):
@@ -75,6 +75,7 @@ def run_row(path, overrides, nproc):
     """Bring one row to its end; a finished one is left as it is. -> its run folder."""
     cfg = config.load([path, *overrides])
     run = cfg.run_path
+    lock(run, ".row.lock")  # the row's scripts each take the other one
     stamp = run / "row.json"
     want = {"config": config.flatten(cfg), "inputs": inputs_of(cfg, path), "finished": True}
     have = read_json(stamp) if stamp.is_file() else {"config": {}, "inputs": {}}
@@ -93,8 +94,8 @@ def run_row(path, overrides, nproc):
         command = [sys.executable, *start, str(Path(__file__).with_name(script)), path, *overrides]
         code = subprocess.run(command).returncode
         if code:
-            raise InputError(f"{script} ended with exit code {code} (see above); the same command goes on "
-                             f"from here")
+            raise InputError(f"{script} ended with exit code {code} (see above); once that is mended, the "
+                             f"same command goes on from here")
         print(f"=== {run}: {script} took {time.perf_counter() - began:.0f} s", flush=True)
     write_json(stamp, want)
     return run

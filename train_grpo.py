@@ -10,8 +10,9 @@ steps_per_sync > 1 the later steps are off-policy, and there the three losses di
 syncs every 10 steps, and so do the Table 1 presets.
 
 To change the loss, change the function. To add one, write it beside the others and name it in LOSSES.
-Departures: old log-probs are the sampler's own (no second pass); groups whose advantages are all zero are not
-computed where nothing else (KL, entropy) needs them, but their tokens still count in the denominator.
+Departures: old log-probs are the sampler's own (no second pass, but for gspo and tis_cap); groups whose
+advantages are all zero are not computed where nothing else (KL, entropy) needs them, but their tokens count
+in the denominator.
 
 Letters: B groups, G samples, M response tokens of a micro-batch, S its responses, V vocabulary.
 """
@@ -39,7 +40,7 @@ def ratio(logp, old):
 
 # A loss takes logp, old, adv [M] (one advantage per response, repeated over its tokens), seq [M] (the
 # response to which each token belongs) and the train config. It returns the per-token loss [M] and
-# per-token figures [M]: "ratio" and "clip_share" are logged; train_step names what else is.
+# per-token figures [M], whose means are logged.
 
 def clipped_surrogate(r, adv, t):
     """-min(r A, clip(r, 1 - low, 1 + high) A), and where the clip took the gradient away."""
@@ -64,7 +65,7 @@ def cispo_loss(logp, old, adv, seq, t):
     """-stopgrad(clip(r, floor, cap)) A log pi (MiniMax-M1, arXiv 2506.13585). No token loses its gradient."""
     r = ratio(logp, old).detach()
     loss = -r.clamp(t.is_floor, t.is_cap) * adv * logp
-    clipped = (r > t.is_cap) | (r < t.is_floor)
+    clipped = (adv != 0) & ((r > t.is_cap) | (r < t.is_floor))
     if t.cispo_drop:
         loss = torch.where((adv > 0) & (r > t.is_cap), 0.0, loss)
     return loss, {"ratio": r, "clip_share": clipped}
@@ -85,9 +86,12 @@ LOSSES = {"grpo": grpo_loss, "cispo": cispo_loss, "gspo": gspo_loss}  # by train
 
 def kl_estimate(logp, ref, kind):
     """KL(policy || reference) per token, d = logp - ref: k2 = d^2 / 2, whose gradient is that of the KL;
-    k3 = e^-d - 1 + d (DeepSeekMath)."""
+    k3 = e^-d - 1 + d (DeepSeekMath), for d between -20 and 20."""
     d = logp - ref
-    return d.pow(2) / 2 if kind == "k2" else (-d).clamp(-20.0, 20.0).exp() - 1 + d
+    if kind == "k2":
+        return d.pow(2) / 2
+    d = d.clamp(-20.0, 20.0)
+    return (-d).exp() - 1 + d
 
 
 def sequence_mean(x, seq):
@@ -163,10 +167,21 @@ def batch_loss(logp, entropy, batch, ref, step, cfg):
     return aggregate(loss, batch.seq, t.aggregation, step.tokens, step.responses, length), figures
 
 
+def figures_of_loss(t):
+    """Names of the figures that a loss returns: ranks without responses must know them too."""
+    one = torch.zeros(1)
+    return list(LOSSES[t.loss](one, one, one, one.long(), t)[1])
+
+
 def train_step(model, optimizer, step, cfg, reference=None):
-    """One optimizer step on this rank's micro-batches -> {name: number}: means over all ranks' tokens."""
+    """One optimizer step on this rank's micro-batches -> {name: number}.
+
+    Means are over the tokens of all ranks that are trained on: those of skipped groups (trained_share tells
+    how many) are in none. gspo: outside is the share that its clip would reach by the sampler's log-probs.
+    """
     t, temperature = cfg.train, cfg.rollout.temperature
-    means = ["ratio", "clip_share", "entropy", "gap_mean"] + ["kl"] * (reference is not None)
+    means = [*figures_of_loss(t), "entropy", "gap_mean"] + ["kl"] * (reference is not None)
+    means += ["outside"] * (t.loss == "gspo")
     sums = running.zeros(model, ["loss", *means, "trained_tokens", "gap_max"])
     optimizer.zero_grad()
     for batch in step.batches:
@@ -183,20 +198,27 @@ def train_step(model, optimizer, step, cfg, reference=None):
         with torch.no_grad():
             gap = (logp - batch.sampled).abs()
             figures |= {"loss": loss, "entropy": entropy, "gap_mean": gap}
+            if t.loss == "gspo":
+                trainer = logp if t.steps_per_sync == 1 else batch.old
+                s = gspo_loss(trainer, batch.sampled, batch.adv, batch.seq, t)[1]["ratio"]
+                figures["outside"] = (s < 1 - t.clip_low) | (s > 1 + t.clip_high)
             for name in figures.keys() & {"loss", *means}:
                 sums[name] += figures[name].sum()
             sums["trained_tokens"] += len(logp)
             sums["gap_max"] = torch.maximum(sums["gap_max"], gap.max())
     out = running.optimizer_step(model, optimizer, t.grad_clip, sums, maxima=["gap_max"])
     n = out["trained_tokens"]
-    out["gap_max"] = out["gap_max"] if n else None
+    out |= {"gap_max": out["gap_max"] if n else None, "trained_share": n / step.tokens}
     return out | {name: out[name] / n if n else None for name in means}
 
 
 # --------------------------------------------------------------------------------------------------- the loop
 
 def rescore(model, step, cfg):
-    """Old log-probs as the trainer computes them, at the rollouts' weights (for the importance weight)."""
+    """Old log-probs as the trainer computes them, at the rollouts' weights.
+
+    For the importance weight, and for gspo, whose clip is finer than what sampler and trainer differ in.
+    """
     with torch.no_grad():
         for batch in step.batches:
             batch.old, _ = pack.logprobs(model, batch, cfg.rollout.temperature)
@@ -204,12 +226,14 @@ def rescore(model, step, cfg):
 
 
 def figures_of(groups):
-    """What a step's rollouts looked like: mean training reward, the seven metrics, lengths."""
+    """What a step's rollouts looked like, all of them: mean training reward, the seven metrics, the sampler's
+    mean log-prob of a token, lengths."""
     graded = [rollout for group in groups for rollout in group.graded]
     responses = [response for group in groups for response in group.responses]
     rewards = [rollout.reward for rollout in graded if rollout.reward is not None]
+    logprobs = [logprob for response in responses for logprob in response.logprobs]
     return {"reward": sum(rewards) / len(rewards) if rewards else None, **metrics.metrics(graded),
-            "length": sum(len(r.tokens) for r in responses) / len(responses),
+            "logp": sum(logprobs) / len(logprobs), "length": len(logprobs) / len(responses),
             "cut_off": sum(r.finish == "length" for r in responses) / len(responses)}
 
 
@@ -244,7 +268,7 @@ def main():
         groups, phase = sample_and_grade(run, prompts, steps)
         parts = [groups[i * t.prompts_per_step:(i + 1) * t.prompts_per_step] for i in range(steps)]
         todo = [prepare(part, run) for part in parts]  # advantages, packing
-        if t.tis_cap and t.steps_per_sync > 1:
+        if t.steps_per_sync > 1 and (t.tis_cap or t.loss == "gspo"):
             for step in todo:
                 rescore(run.model, step, cfg)
         for i, (part, step) in enumerate(zip(parts, todo)):

@@ -145,10 +145,8 @@ def judge(shared, candidate, lex, rules):
     wanted = {item.partition(":")[0].strip() for item in shared["targets"]}
     if wanted.issuperset(asked):
         return 1
-    talk, known = shared["conversation"], set()
-    if "told" in rules:
-        known = {slot for _, slot, _ in facts(talk, lex, set(RULES["extractor"]))}
-    complaints = [lexicon.complaint_of(u["text"], lex) for u in talk if u["by"] == "client"]
+    known = {item.partition(":")[0] for item in shared["known"] if "told" in rules}
+    complaints = [lexicon.complaint_of(u["text"], lex) for u in shared["conversation"] if u["by"] == "client"]
     complaint = next(filter(None, complaints), None)
     relevant = lex.complaints[complaint].attributes if complaint else {a for a, _ in lex.asks}
     return half if any(a in wanted or a in relevant and a not in known for a in asked) else 0
