@@ -127,8 +127,8 @@ def load(path, model, optimizer):
 
 # ------------------------------------------------------------------------------------------------------ log
 
-RL_SHOWN = {"R": "reward", "WA-GH": "wa_gh", "WS": "ws", "len": "length"}  # the bar's label: a record's key
-BASELINE_SHOWN = {"loss": "loss", "accuracy": "accuracy", "margin": "margin"}
+# The progress bar's label: a record's key, where the record has it.
+SHOWN = {"R": "reward", "WA-GH": "wa_gh", "WS": "ws", "len": "length", "accuracy": "accuracy", "loss": "loss"}
 
 
 class Log:
@@ -171,8 +171,7 @@ class Log:
         """What the progress bar shows of a step."""
         if record.get("gap_max") is not None:  # measured once a sync
             self.gap = record["gap_max"]
-        shown = RL_SHOWN if "reward" in record else BASELINE_SHOWN
-        parts = [f"{label} {record[k]:.2g}" for label, k in shown.items() if record.get(k) is not None]
+        parts = [f"{label} {record[k]:.2g}" for label, k in SHOWN.items() if record.get(k) is not None]
         if self.gap is not None:
             parts.append(f"gap {self.gap:.1g}")
         phases = [f"{k[:-2]} {record[k]:.1f}" for k in ("rollout_s", "grade_s", "train_s") if k in record]

@@ -146,6 +146,8 @@ class RewardConfig(Exact):
     omega: Literal["rule", "llm"] = key(
         "rule", "what counts questions for Omega: question marks and the lexicon, or the language model",
         "training scores")
+    wording: bool = key(
+        True, "rules: a question that no expert would word so has R_a = 0 (wording.py)", "training scores")
     max_failed: Share = key(
         0.2, "llm: share of failed gradings in a rollout phase above which training stops", "", RL)
     omega_when_wrong: Literal["zero", "score"] = key(

@@ -75,6 +75,11 @@ def model_of(cfg):
     return decoder.resolve(cfg.model.path)
 
 
+def world_of(graded):
+    """A hash of the turns that these rollouts answer."""
+    return hashlib.sha256(repr(sorted({(g.turn_id, g.truth) for g in graded})).encode()).hexdigest()[:8]
+
+
 def evaluate_run(cfg):
     """Evaluate a config's model, sampled and greedy (collective). Rank 0 prints a table and writes files."""
     config.need(cfg, "model.path")
@@ -99,7 +104,7 @@ def evaluate_run(cfg):
         for how, file in DECODINGS.items():
             write_jsonl(run / file, graded[how])
         log = run / "metrics.jsonl"
-        steps = max(line["step"] for _, line in read_jsonl(log)) if log.is_file() else 0
+        steps = max((line["step"] for _, line in read_jsonl(log)), default=0) if log.is_file() else 0
         write_json(run / "eval.json", {**sampled, "model": str(folder), "decoding": name, "steps": steps,
                                        "samples": cfg.eval.samples, "turns": world_of(graded["sampled"]),
                                        "config": config.flatten(cfg), "greedy": greedy})
@@ -139,45 +144,39 @@ ORDERINGS = ("grpo sft tr", "sft base tr", "grpo base tr", "base dpo tr", "cispo
 HOW = "decoding samples steps turns".split()
 
 
-def world_of(graded):
-    """A hash of the turns that these rollouts answer."""
-    return hashlib.sha256(repr(sorted({(g.turn_id, g.truth) for g in graded})).encode()).hexdigest()[:8]
-
-
-def in_world(graded):
+def in_world(graded, world):
     """Rollouts whose sessions name their world. So sessions pair up only where two runs were evaluated on the
     same turns."""
-    world = world_of(graded)
     return [g.model_copy(update={"session_id": f"{world}/{session_of(g)}"}) for g in graded]
 
 
 def same_but_seed(made):
     """What must be alike in runs that are pooled: {key: value}, with paths as they stand beside the run."""
-    root = str(Path(made["run_dir"]).parent)
-    return {name: str(value).replace(root, "") for name, value in made.items()
+    root = f"{Path(made['run_dir']).parent}/"
+    return {name: str(value).removeprefix(root) for name, value in made.items()
             if name != "seed" and config.AFFECTS.get(name)}
 
 
 def read_rows(runs):
-    """Run folders -> {row: {"runs", "how", "sampled", "greedy", "tr_by_run"}}.
+    """Run folders -> {row: {"runs", "made", "how", "sampled", "greedy", "tr_by_run"}}.
 
     Runs of one folder name are seeds of one row, and pooled. InputError: they differ in more than the seed.
-    sampled and greedy are lists of Rollout; how says under which conditions each run was evaluated.
+    sampled and greedy are lists of Rollout; made is the config, how says how each run was evaluated.
     """
     rows = {}
     for run in map(Path, runs):
         for name in ("eval.json", *DECODINGS.values()):
             if not (run / name).is_file():
                 raise InputError(f"{run / name} does not exist: run eval.py with that run's config first")
-        sampled, greedy = (in_world(load_graded(run / name)) for name in DECODINGS.values())
         row, found = rows.setdefault(run.resolve().name, defaultdict(list)), read_json(run / "eval.json")
         if "config" not in found:
             raise InputError(f"{run / 'eval.json'} does not tell its config: run eval.py with it again")
+        sampled, greedy = (in_world(load_graded(run / name), found["turns"]) for name in DECODINGS.values())
         made = same_but_seed(found["config"])
         for name, value in row.setdefault("made", made).items():
-            if made[name] != value:
+            if made.get(name) != value:
                 raise InputError(f"{row['runs'][0]} and {run} have one name but differ in {name} ({value}, "
-                                 f"{made[name]}): only seeds of one experiment are pooled; rename a folder")
+                                 f"{made.get(name)}): only seeds of one row are pooled; rename a folder")
         row["runs"].append(str(run))
         row["how"].append({name: found[name] for name in HOW})
         row["sampled"] += sampled
@@ -187,12 +186,15 @@ def read_rows(runs):
 
 
 def unequal(rows):
-    """Yield a line for each condition that differs between rows, or between the seeds of one."""
+    """Yield a line for each condition that differs between rows, or between the seeds of one (but for turns:
+    each seed may have a world of its own)."""
     for name in HOW:
-        values = {row: ", ".join(dict.fromkeys(str(how[name]) for how in found["how"]))
+        values = {row: tuple(dict.fromkeys(str(how[name]) for how in found["how"]))
                   for row, found in rows.items()}
-        if len(set(values.values())) > 1:
-            yield f"- {name} differ: {'; '.join(f'{LABELS.get(row, row)} {v}' for row, v in values.items())}"
+        *_, last = values.values()
+        if len(set(values.values())) > 1 or name != "turns" and len(last) > 1:
+            yield f"- {name} differ: " + "; ".join(f"{LABELS.get(row, row)} {', '.join(value)}"
+                                                   for row, value in values.items())
 
 
 def summarise_runs(runs):

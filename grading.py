@@ -53,11 +53,14 @@ def open_judge(cfg):
     Raises InputError where the lexicon, the turns or the language model are missing.
     """
     grader = garbled = None
+    if cfg.reward.grader == "rules":
+        config.need(cfg, "data.lexicon")
     if cfg.reward.grader == "llm":
         grader = llm.open_source("grader", cfg)
-    else:
-        config.need(cfg, "data.lexicon")
-        garbled = wording.learn(turn.expert or "" for turn in load_turns(cfg, "train"))
+    elif cfg.reward.wording:
+        turns = load_turns(cfg, "train")
+        heard = (m.content for turn in turns for m in turn.context[-2:])
+        garbled = wording.learn((turn.expert or "" for turn in turns), heard)
     lex = lexicon.load(cfg.data.lexicon) if cfg.data.lexicon else None
     return Judge(lex, grader, cfg.reward, cfg.hindsight.many_valued, garbled)
 

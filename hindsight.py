@@ -364,17 +364,17 @@ class Tally:
             print(f"  warning: {1 - rate:.1%} of the turns are stops: is everything found that users reveal?")
         for what, slots in (("revealed and never asked for", self.revealed - self.asked),
                             ("asked for and never revealed", self.asked - self.revealed)):
-            if self.asked and slots:
+            if self.asked and self.revealed and slots:
                 print(f"  warning: {what}: {', '.join(sorted(slots))}")
 
     def check(self, how):
         """Raise InputError where the turns cannot be right, or where there are none."""
         failed = self.aside[FAILED]
         if failed > how.max_failed * (failed + self.sessions):
-            raise InputError(f"{self.path}: {FAILED} for {failed} of {failed + self.sessions} sessions, above "
-                             f"hindsight.max_failed={how.max_failed}; the same command asks again for these")
+            raise InputError(f"{self.path}: {FAILED} for {failed} of {failed + self.sessions} sessions, over "
+                             f"hindsight.max_failed={how.max_failed}; the same command asks for these again")
         if not self.turns:
-            raise InputError(f"{self.path} gave no turns, so nothing was written; see above why")
+            raise InputError(f"{self.path} gave no turns, so nothing was written (see above)")
         if not self.revealed:
             raise InputError(f"{self.path}: no user reveals anything, so that every turn would be a stop; "
                              f"nothing was written. See what hindsight.source={how.source} reads: the users' "
@@ -475,18 +475,17 @@ def main(argv=None):
         split(aside / "train", folder, valid)
         if cfg.data.eval_logs:
             (aside / "eval").replace(folder / "eval.jsonl")
-    for name, there in (("valid", valid), ("eval", cfg.data.eval_logs), ("self_check", checks)):
+    for name, there in (("valid", valid), ("eval", cfg.data.eval_logs), ("self_check", False)):
         if not there:  # what an earlier run with other settings left would mix with this one's
             (folder / f"{name}.jsonl").unlink(missing_ok=True)
-    files = {path.name: file_hash(path) for path in folder.glob("*.jsonl")}
+    files = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        of = Counter(turn["session_id"] for _, turn in read_jsonl(path))
+        print(f"wrote {path}: {of.total()} turns of {len(of)} sessions")
+        files[path.name] = file_hash(path)
     write_json(folder / "made.json", {**config.made_with(cfg, "turns"), "files": files})
     if checks:
         write_checks(folder / "self_check.jsonl", checks, cfg.hindsight.self_check)
-    for name in ("train", "eval", "valid"):
-        path = folder / f"{name}.jsonl"
-        if path.is_file():
-            of = Counter(turn["session_id"] for _, turn in read_jsonl(path))
-            print(f"wrote {path}: {of.total()} turns of {len(of)} sessions")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ LONGEST_RESPONSE = 600  # characters; a longer one is no question to a user, wha
 LONGEST_SENTENCE = 30  # words
 MOST_ATTRIBUTES = 3  # in one sentence
 
-_URL = re.compile(r"(?:https?://|www\.|[\w-]+(?:\.[\w-]+)+/)[!-~]*[0-9A-Za-z/=&#-]")
+_URL = re.compile(r"(?:https?://|www\.|(?<![\w.-])[\w-]+(?:\.[\w-]+)+/)[!-~]*[0-9A-Za-z/=&#-]")
 _END = re.compile(
     rf"([{QUESTION_MARKS}]|(?<=[\u0370-\u03ff\u1f00-\u1fff]);|(?<!\be\.g)(?<!\bi\.e)(?<!\bdr)(?<!\bmr)(?<!\bmrs)"
     rf"[.!…](?=[\s.!…\"”’)]|$)|[。！｡\n])", re.I)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import socket
 import sys
 import unicodedata
 from contextlib import contextmanager
@@ -383,7 +382,7 @@ def lock(folder, name=".lock"):
     except OSError:
         raise InputError(f"{folder} is in use by {path.read_text()}: wait until it ends, end it, or choose "
                          "another run_dir")
-    path.write_text(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv)})")
+    path.write_text(f"process {os.getpid()} ({' '.join(sys.argv)})")
     LOCKS[path] = f
 
 

@@ -229,20 +229,14 @@ def curves(runs, section, keys, window):
     return traces
 
 
-def times(runs):
-    """Stacked bars by phase: seconds of each step of one run, or minutes of all steps of several.
-    -> traces, layout"""
-    bars, places, layout = [], list(range(len(runs))), {"barmode": "stack", "bargap": 0}
-    if len(runs) > 1:
-        layout |= {"bargap": 0.5, "hovermode": "closest",
-                   "xaxis": {"title": "", "tickvals": places, "ticktext": [label(run.name) for run in runs]}}
+def times(run):
+    """Seconds of each step by phase, as stacked bars."""
+    bars = []
     for (key, name), colour in zip(PHASES.items(), COLOURS[3:]):
-        x, y = series(runs[0].steps, key)
-        if len(runs) > 1:
-            x, y = places, [sum(series(run.steps, key)[1]) / 60 for run in runs]
+        x, y = series(run.steps, key)
         if any(y):
             bars.append({"type": "bar", "x": x, "y": y, "name": name, "marker": {"color": colour}})
-    return bars, layout
+    return bars
 
 
 def swatch(name, colour):
@@ -257,15 +251,14 @@ def charts(runs):
     notes = (f"The reward and its parts in training, as in the paper's Figure 4.{faint} A run without "
              "rewards of its own (SFT, DPO) shows its evaluations during training, as points.",
              "Evaluations during training, sampled, at turns it does not train on; step 0: the base model.",
-             f"Figures of the optimizer steps.{faint}",
-             "Minutes of all logged steps." if len(runs) > 1 else "Seconds of each step.")
+             f"Figures of the optimizer steps.{faint}", "Seconds of each step.")
     page, figures = "", []
     for section, note in zip(CHARTS, notes):
         boxes = ""
         for title, keys, caption in CHARTS[section]:
             traces, layout = curves(runs, section, keys.split(), window), {}
-            if section == "Time":
-                traces, layout = times(runs)
+            if section == "Time" and len(runs) == 1:
+                traces, layout = times(runs[0]), {"barmode": "stack", "bargap": 0}
                 caption = "".join(swatch(bar["name"], bar["marker"]["color"]) for bar in traces)
             if not traces:
                 continue

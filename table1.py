@@ -45,11 +45,8 @@ def inputs_of(cfg, path):
 
 def changed(cfg, want, have):
     """-> names of the config keys and files on which a row's training depends and that have changed."""
-    path, made = cfg.run_path / "config.yaml", have["config"]
-    if not made and path.is_file():  # a run that was started by hand
-        made = config.flatten(config.load([str(path)]))
     files = [name for name, mark in want["inputs"].items() if have["inputs"].get(name, mark) != mark]
-    return config.changed(cfg, "training", made) + files
+    return config.changed(cfg, "training", have["config"]) + files
 
 
 def move_aside(run):

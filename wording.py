@@ -1,15 +1,19 @@
 """Is a question garbled? A trigram model of the experts' own questions tells, in any language.
 
 "And how many bedrooms shouldixople?" holds a cue for the bedrooms and ends in a question mark, so a lexicon's
-rules would pay for it. The model knows which words experts say in a row. A question is garbled if its least
-likely step, from two words to the next or to the end, is less likely than in 98% of the experts' questions.
-For this limit each fifth of the questions is scored by a model of the others.
+rules would pay for it. The model knows which words experts say in a row and where they stop. A question that
+no expert has put in these words is garbled if it holds a word that nobody in the logs has said, or if its
+words on the mean, or its end, are less likely than in 98% of the experts' questions.
 
-What it costs: up to 2% of what experts would say is taken for garbled, and more of what a policy says in ways
-of its own. Nobody can tell that a question broken off at a good place ("Is it worse?") was meant to go on.
+What it costs: of questions by experts whose sessions it never saw, less than 1% are taken for garbled; but of
+wordings that no expert has used, 26% in the toy and 95% in a corpus with 93 wordings. So a policy is held to
+the experts' way of asking. `reward.wording: false` lets it find words of its own. Nobody can tell that a
+question broken off at a good place ("Is it worse?") was meant to go on.
 """
+import math
 import re
 from collections import Counter
+from statistics import fmean
 
 import numpy as np
 
@@ -19,48 +23,63 @@ FEWEST = 200  # questions, without which there is no limit to speak of
 _LEAD_IN = re.compile(r"^\W*[^\s,，:：]+(?: [^\s,，:：]+)?[,，:：]\s*")  # "Well, "
 
 
-def split(question):
-    """Words of a question without its lead-in; digits are alike."""
-    return [re.sub(r"\d", "0", word) for word in words(_LEAD_IN.sub("", question))]
+def split(text):
+    """Words of a text; digits are alike."""
+    return tuple(re.sub(r"\d", "0", word) for word in words(text))
+
+
+def questions_in(text):
+    """Each without its lead-in."""
+    return [split(_LEAD_IN.sub("", sentence)) for sentence, is_question in sentences(text) if is_question]
 
 
 def trigrams(questions):
-    """A model of these questions (Witten-Bell smoothing) -> chance(question): that of its least likely step.
+    """A model of these questions ("stupid backoff", Brants et al. 2007) -> score(question).
 
-    A word that only one question holds counts as any word.
+    A score is the mean log-score of the words, and that of the end. A word of one question alone counts as any
+    word.
     """
-    held_by = Counter(word for question in questions for word in set(split(question)))
-    seen, total, kinds = Counter(), Counter(), Counter()
+    held_by = Counter(word for question in questions for word in set(question))
+    seen, total = Counter(), Counter()
 
     def steps(question):  # ((the two words before, word) ...) up to the end
-        known = [word if held_by[word] > 1 else None for word in split(question)]
+        known = [word if held_by[word] > 1 else None for word in question]
         padded = ["", "", *known, ""]
         return zip(zip(padded, padded[1:]), padded[2:])
 
     for question in questions:
         for before, word in steps(question):
             for context in (before, before[1:], ()):
-                kinds[context] += (context, word) not in seen
                 seen[context, word] += 1
                 total[context] += 1
 
-    def step(before, word):
-        shorter = step(before[1:], word) if before else 1 / len(held_by)
-        if before not in total:
-            return shorter
-        return (seen[before, word] + kinds[before] * shorter) / (total[before] + kinds[before])
+    def chance(before, word):
+        if seen[before, word]:
+            return seen[before, word] / total[before]
+        return 0.4 * chance(before[1:], word) if before else 1 / len(held_by)
 
-    return lambda question: min(step(*at) for at in steps(question))
+    def score(question):
+        *inside, end = [math.log(chance(*step)) for step in steps(question)]
+        return fmean(inside or [0]), end
+
+    return score
 
 
-def learn(texts):
-    """Experts' utterances -> garbled(text): is one of its questions garbled? None: too few questions."""
-    asked = [sentence for text in texts for sentence, is_question in sentences(text) if is_question]
+def learn(texts, heard=()):
+    """Experts' utterances, and what else is said in the logs -> garbled(text): is one of its questions so?
+
+    None where the experts ask too little to learn from.
+    """
+    texts = list(texts)
+    asked = sum(map(questions_in, texts), [])
     if len(asked) < FEWEST:
         return None
-    found = []
-    for fold in range(5):
-        others = [question for i, question in enumerate(asked) if i % 5 != fold]
-        found += map(trigrams(others), asked[fold::5])
-    limit, chance = np.quantile(found, 0.02), trigrams(asked)
-    return lambda text: any(asks and chance(sentence) < limit for sentence, asks in sentences(text))
+    vocabulary = set().union(*map(split, (*texts, *heard)))
+    usual, score = set(asked), trigrams(asked)
+    least, least_end = np.quantile([score(question) for question in asked], 0.02, axis=0)
+
+    def is_bad(question):
+        inside, end = score(question)
+        return inside < least or end < least_end or not vocabulary.issuperset(question)
+
+    return lambda text: any(question not in usual and is_bad(question) for question in questions_in(text))
