@@ -91,15 +91,16 @@ def hash_of(state):
 
 def read_state(path):
     """A checkpoint's state.json (collective). Raises InputError where that, or a file of it, has changed."""
-    state = read_json(path / "state.json")
+    try:
+        state = read_json(path / "state.json")
+    except ValueError:
+        state = {}
     wrong = [] if state.pop("hash", None) == hash_of(state) else ["state.json"]
     mine = sorted(state.get("hashes", {}))[dist.get_rank()::dist.get_world_size()]
     wrong += [name for name in mine
               if not (path / name).is_file() or file_hash(path / name) != state["hashes"][name]]
-    for names in parallel.all_gather(wrong):
-        for name in names:
-            raise InputError(f"{path / name} is not as it was written: remove the folder to go on from the "
-                             "checkpoint before")
+    for name in sum(parallel.all_gather(wrong), []):
+        raise InputError(f"{path / name} is not as it was saved: remove {path} to go on from the one before")
     return state
 
 
@@ -110,8 +111,8 @@ def all_checkpoints(folder):
 def load(path, model, optimizer):
     """Fill model and optimizer from a checkpoint written by any number of ranks. -> its state.json"""
     state, files = read_state(path), []
-    for file in path.glob("rank_*.safetensors"):
-        f = safe_open(file, "pt")
+    for name in state["hashes"]:
+        f = safe_open(path / name, "pt")
         files.append((f, json.loads(f.metadata()["offsets"])))
     fresh_moments(model, optimizer, state["updates"])
     for name, p, rows in tensors_of(model, optimizer):

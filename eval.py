@@ -84,9 +84,9 @@ def evaluate_run(cfg):
     """Evaluate a config's model, sampled and greedy (collective). Rank 0 prints a table and writes files."""
     config.need(cfg, "model.path")
     rank, _, device = parallel.start()
-    run, folder = cfg.run_path, model_of(cfg)
     if rank == 0:
-        lock(run)
+        lock(cfg.run_path)
+    run, folder = cfg.run_path, model_of(cfg)
     judge = grading.open_judge(cfg)
     prompts = encode_prompts(load_tokenizer(folder), load_prompt(cfg.data.prompt),
                              load_turns(cfg, "eval"), cfg)

@@ -60,7 +60,7 @@ def open_judge(cfg):
     elif cfg.reward.wording:
         turns = load_turns(cfg, "train")
         heard = (m.content for turn in turns for m in turn.context[-2:])
-        garbled = wording.learn((turn.expert or "" for turn in turns), heard)
+        garbled = wording.learn([turn.expert or "" for turn in turns], heard)
     lex = lexicon.load(cfg.data.lexicon) if cfg.data.lexicon else None
     return Judge(lex, grader, cfg.reward, cfg.hindsight.many_valued, garbled)
 

@@ -72,8 +72,14 @@ def unusable(session):
     return None
 
 
-def check_session(row):
-    """A line of a log -> (its Session or None, None or (kind, detail): why it cannot be used)."""
+END_MARKERS = config.default("hindsight.end_markers")
+
+
+def check_session(row, end_markers=END_MARKERS):
+    """A line of a log -> (its Session or None, None or (kind, detail): why it cannot be used).
+
+    The Session ends with its first end marker.
+    """
     try:
         as_line(row).encode()
         session = Session.model_validate(row)
@@ -83,6 +89,9 @@ def check_session(row):
         field, *inner = error.errors()[0]["loc"]
         kind = "bad annotations" if "learned" in inner or "asks" in inner else f"bad {field}"
         return None, ("no session_id" if field == "session_id" else kind, explain(error))
+    for i, m in enumerate(session.messages, 1):
+        if m.role == "assistant" and m.content.strip() in end_markers:
+            del session.messages[i:]
     return session, unusable(session)
 
 
@@ -115,7 +124,7 @@ def annotated(message):
             if value is not None and (text := value_text(value))]
 
 
-def utterances(messages, end_markers=config.default("hindsight.end_markers")):
+def utterances(messages, end_markers=END_MARKERS):
     """Drop blank messages and merge consecutive ones of a role -> list of Utterance, roles alternating.
 
     An assistant message asks if its `asks` is not empty; without `asks`, if it holds a question, courtesies
@@ -303,9 +312,6 @@ def agreement(results):
 
 # ----------------------------------------------------------------------------------------------- file by file
 
-FAILED = "no usable extraction"
-
-
 @cache
 def unknown_key(kind, name):
     return f"times the unknown key {name!r}{nearest(name, kind.model_fields)}"
@@ -369,22 +375,21 @@ class Tally:
 
     def check(self, how):
         """Raise InputError where the turns cannot be right, or where there are none."""
-        failed = self.aside[FAILED]
+        failed = self.aside["no usable extraction"]
         if failed > how.max_failed * (failed + self.sessions):
-            raise InputError(f"{self.path}: {FAILED} for {failed} of {failed + self.sessions} sessions, over "
-                             f"hindsight.max_failed={how.max_failed}; the same command asks for these again")
+            raise InputError(f"{self.path}: no usable extraction for {failed} of {failed + self.sessions} "
+                             f"sessions, over hindsight.max_failed={how.max_failed}; a rerun asks again")
         if not self.turns:
             raise InputError(f"{self.path} gave no turns, so nothing was written (see above)")
         if not self.revealed:
-            raise InputError(f"{self.path}: no user reveals anything, so that every turn would be a stop; "
-                             f"nothing was written. See what hindsight.source={how.source} reads: the users' "
-                             "'learned' (annotations), data.lexicon (rules), what llm.extractor says (llm)")
+            raise InputError(f"{self.path}: no user reveals anything, so each turn would be a stop: look at "
+                             f"what hindsight.source={how.source} reads (learned, data.lexicon, llm.extractor)")
 
 
-def usable(rows, tally, not_in, goal):
+def usable(rows, tally, not_in, extractor):
     """Rows of a log -> yield the sessions to learn from, each with a goal. The others are set aside."""
     for line, row in rows:
-        session, why = check_session(row)
+        session, why = check_session(row, extractor.settings.end_markers)
         if not why or why[0] not in ("bad text", "no session_id"):
             session_id = str(row["session_id"])
             first = tally.seen.setdefault(session_id, line)
@@ -395,7 +400,7 @@ def usable(rows, tally, not_in, goal):
         if why:
             tally.set_aside(line, *why)
         else:
-            session.goal = session.goal or goal
+            session.goal = session.goal or extractor.goal
             yield session
 
 
@@ -408,10 +413,10 @@ def build_file(path, out, extractor, not_in=()):
     bar = tqdm(read_jsonl(path, lambda line, why: tally.set_aside(line, "bad line", why)), path,
                unit=" sessions", disable=None)
     with open(out, "w", encoding="utf-8") as lines:
-        for session, readings in extractor.read(usable(bar, tally, not_in, extractor.goal)):
+        for session, readings in extractor.read(usable(bar, tally, not_in, extractor)):
             results = [build_turns(session, items_of, how) for items_of in readings]
             if not results:
-                tally.aside[FAILED] += 1
+                tally.aside["no usable extraction"] += 1
                 continue
             tally.sessions += 1
             turns, dropped, facts = results[0]

@@ -30,8 +30,8 @@ MOST_ATTRIBUTES = 3  # in one sentence
 
 _URL = re.compile(r"(?:https?://|www\.|(?<![\w.-])[\w-]+(?:\.[\w-]+)+/)[!-~]*[0-9A-Za-z/=&#-]")
 _END = re.compile(
-    rf"([{QUESTION_MARKS}]|(?<=[\u0370-\u03ff\u1f00-\u1fff]);|(?<!\be\.g)(?<!\bi\.e)(?<!\bdr)(?<!\bmr)(?<!\bmrs)"
-    rf"[.!…](?=[\s.!…\"”’)]|$)|[。！｡\n])", re.I)
+    rf"([{QUESTION_MARKS}]|(?<=[\u0370-\u03ff\u1f00-\u1fff]);|(?<!\be\.g)(?<!\bi\.e)(?<!\bdr)"
+    rf"(?<!\bmr)(?<!\bmrs)[.!…](?=[\s.!…\"”’)]|$)|[。！｡\n])", re.I)
 _SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _NO_WORD = rf"\s{_SPACELESS}!-&(-/:-@\[-`{{-~。，、！；：…“”‘（）《》—–{QUESTION_MARKS}"
 _WORD = re.compile(rf"[{_SPACELESS}]|[^{_NO_WORD}]+")
@@ -198,18 +198,21 @@ def questions(text):
     return sum(is_question for _, is_question in sentences(text))
 
 
-_COURTESY = re.compile(
-    r"\b(?:any|some)thing (?:else|more)\b|\bany (?:other|more|further) questions?\b|\b(?:can|may) i help\b"
-    r"|^(?:is that |that's )?(?:ok|okay|all ?right|clear)$|还有.*[吗么]$|(?:好|可以|明白|清楚)[吗么]$", re.I)
+_COURTESY = re.compile(  # a whole sentence
+    r"(?:(?:is there|do you (?:have|need)|can i (?:do|get)) )?(?:any|some)thing (?:else|more|i can)\b[^,]*"
+    r"|(?:do you have )?any (?:other|more|further) questions?\b[^,]*|(?:can|may) i help you\b[^,]*"
+    r"|(?:is that |that's )?(?:ok|okay|all ?right|clear)"
+    r"|[您你]?还有(?:什么|其[他它]|别的)?(?:的|问题|疑问|需要)*[吗么]?|(?:好|可以|明白|清楚)了?[吗么]",
+    re.I)
 
 
 def expects_answer(text):
     """Does a text ask for something, courtesies apart?
 
-    >>> [expects_answer(t) for t in ("Anything else? Take care!", "How long? Please reply.", "OK?")]
-    [False, True, False]
+    >>> [expects_answer(t) for t in ("Anything else? Take care!", "Anything else, a fever?", "还有发烧吗？")]
+    [False, True, True]
     """
-    return any(is_question and not _COURTESY.search(sentence) for sentence, is_question in sentences(text))
+    return any(is_question and not _COURTESY.fullmatch(sentence) for sentence, is_question in sentences(text))
 
 
 # ----------------------------------------------------------------------------------- what a question asks for

@@ -73,10 +73,9 @@ def load_tokenizer(path):
         raise InputError(f"model.path: the tokenizer at {path} is empty: its tokenizer.json is missing")
     shape = Path(path) / "config.json"
     rows = read_json(shape).get("vocab_size") if shape.is_file() else None
-    last = max(tokenizer.get_vocab().values())
-    if rows and last >= rows:
-        raise InputError(f"model.path: the tokenizer at {path} has a token {last}, the embedding only {rows} "
-                         "rows: tokenizer and weights are not of one model")
+    if rows and max(tokenizer.get_vocab().values()) >= rows:
+        raise InputError(f"model.path: the tokenizer at {path} has token ids beyond the {rows} rows of the "
+                         "embedding: tokenizer and weights are not of one model")
     return tokenizer
 
 

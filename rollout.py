@@ -197,8 +197,8 @@ def buckets(most):
     >>> buckets(40)
     [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40]
     """
-    powers = range(most.bit_length() + 1)
-    return sorted({min(size, most) for i in powers for size in (2 ** i, 3 * 2 ** i // 2)})
+    return sorted({min(size, most) for i in range(most.bit_length() + 1)
+                   for size in (2 ** i, 3 * 2 ** i // 2)})
 
 
 @dataclass

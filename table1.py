@@ -45,8 +45,8 @@ def inputs_of(cfg, path):
 
 def changed(cfg, want, have):
     """-> names of the config keys and files on which a row's training depends and that have changed."""
-    files = [name for name, mark in want["inputs"].items() if have["inputs"].get(name, mark) != mark]
-    return config.changed(cfg, "training", have["config"]) + files
+    return config.changed(cfg, "training", have["config"]) + [
+        name for name, mark in want["inputs"].items() if have["inputs"].get(name, mark) != mark]
 
 
 def move_aside(run):

@@ -217,11 +217,11 @@ def train_step(model, optimizer, step, cfg, reference=None):
 def rescore(model, step, cfg):
     """Old log-probs as the trainer computes them, at the rollouts' weights.
 
-    For the importance weight, and for gspo, whose clip is finer than what sampler and trainer differ in.
+    For the importance weight, and for gspo, whose clip is finer than what sampler and trainer differ in. The
+    gradient stays on, so that the same kernels give the same bits as in the step.
     """
-    with torch.no_grad():
-        for batch in step.batches:
-            batch.old, _ = pack.logprobs(model, batch, cfg.rollout.temperature)
+    for batch in step.batches:
+        batch.old = pack.logprobs(model, batch, cfg.rollout.temperature)[0].detach()
     model.reshard()  # FSDP keeps the root gathered after a forward without a backward
 
 

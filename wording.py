@@ -19,7 +19,7 @@ import numpy as np
 
 from lexicon import sentences, words
 
-FEWEST = 200  # questions, without which there is no limit to speak of
+FEWEST = 700  # questions: with 400 of them 4% of the experts' own would be taken for garbled
 _LEAD_IN = re.compile(r"^\W*[^\s,，:：]+(?: [^\s,，:：]+)?[,，:：]\s*")  # "Well, "
 
 
@@ -36,8 +36,8 @@ def questions_in(text):
 def trigrams(questions):
     """A model of these questions ("stupid backoff", Brants et al. 2007) -> score(question).
 
-    A score is the mean log-score of the words, and that of the end. A word of one question alone counts as any
-    word.
+    A score is the mean log-score of the words, and that of the end. A word of one question alone counts as
+    any word.
     """
     held_by = Counter(word for question in questions for word in set(question))
     seen, total = Counter(), Counter()
@@ -66,11 +66,10 @@ def trigrams(questions):
 
 
 def learn(texts, heard=()):
-    """Experts' utterances, and what else is said in the logs -> garbled(text): is one of its questions so?
+    """Experts' utterances (a list), and what else the logs say -> garbled(text): is a question in it garbled?
 
     None where the experts ask too little to learn from.
     """
-    texts = list(texts)
     asked = sum(map(questions_in, texts), [])
     if len(asked) < FEWEST:
         return None

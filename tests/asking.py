@@ -8,7 +8,7 @@ from toy.world import session
 from world import make_config, write_lines
 
 TURN = Turn(turn_id="s_1", session_id="s", goal="g", target=["duration: two days"], decision="continue",
-            context=[Message(role="user", content="I have a cough")])
+            context=[Message(role="user", content="I have a cough")], known=[])
 QUESTION = "How long have you had it?"  # the grader gives it a 1, and counts one question
 
 

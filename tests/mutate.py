@@ -35,19 +35,29 @@ JOBS = 2  # mutants at a time
 # Functions (name or name/old name) and how many mutants of each; the files where they may stand; the tests
 # that judge them.
 GROUPS = [
-    ("ratio:3 clipped_surrogate:4 grpo_loss:5 cispo_loss:5 gspo_loss:3 kl_estimate:4 sequence_mean:3 "
-     "aggregate:3", "train_grpo.py", "test_losses.py"),
-    ("advantages:4", "reward.py train_grpo.py", "test_reward.py test_losses.py"),
+    ("ratio:3 clipped_surrogate:5 grpo_loss:6 cispo_loss:6 gspo_loss:4 kl_estimate:6 sequence_mean:3 "
+     "aggregate:5", "train_grpo.py", "test_losses.py"),
+    ("prepare:7 figures_of:6 batch_loss:4 train_step:11", "train_grpo.py", "test_grpo.py"),
+    ("advantages:6", "reward.py train_grpo.py", "test_reward.py test_losses.py"),
     ("dpo_loss:3", "train_dpo.py", "test_dpo.py"),
-    ("size:2 pack:5 forward:4 backward:4 split_tree:3 balance:4", "pack.py", "test_pack.py"),
-    ("decision:1 r_s:1 omega_rule:4 fuse:4 r_a_rules/grade_rules:5", "reward.py", "test_reward.py"),
-    ("decision_points:5 utterances:4 value_text:2", "hindsight.py", "test_hindsight.py"),
-    ("same:2 f1:3", "records.py hindsight.py",
+    ("size:2 chunks:2 pack:7 forward:6 backward:5 split_tree:4 balance:4", "pack.py", "test_pack.py"),
+    ("decision:1 r_s:1 omega_rule:4 fuse:7 r_a_rules/grade_rules:9", "reward.py", "test_reward.py"),
+    ("grade_one:7 needs_grader:2", "grading.py", "test_grading.py"),
+    ("utterances:7 annotated:2 value_text:2 by_utterance:2 decision_points:10 build_turns:3 add:3 check:5",
+     "hindsight.py", "test_hindsight.py"),
+    ("agreement:3", "hindsight.py", "test_extraction.py::test_agreement"),
+    ("same:1 is_named:3 normal:2 f1:3", "records.py hindsight.py",
      "test_records.py test_hindsight.py test_extraction.py::test_agreement"),
-    ("scores_of/score_matrix:4 metrics:3 by_session:2 bootstrap:3 interval/intervals:3", "metrics.py eval.py",
-     "test_metrics.py test_eval.py"),
-    ("paired:3", "metrics.py table1.py", "test_metrics.py test_table1.py"),
-    ("pick:5 invert:4", "rollout.py", "test_rollout.py"),
+    ("sentences:4 expects_answer:3 asked:5 _well_formed:9 find:7 revealed:7", "lexicon.py",
+     "test_lexicon.py test_reward.py"),
+    ("trigrams:8 learn:8", "wording.py", "test_wording.py"),
+    ("scores_of/score_matrix:4 metrics:5 session_of:2 by_session:2 bootstrap:4 interval/intervals:3 paired:5 "
+     "verdict:2", "metrics.py eval.py table1.py", "test_metrics.py"),
+    ("same_but_seed:4 unequal:3", "eval.py", "test_eval.py"),
+    ("within_limit:4", "prompts.py", "test_prompts.py"),
+    ("lr_at:7 due:3 optimizer_step:6", "run.py", "test_run.py"),
+    ("read_state:6", "checkpoint.py", "test_checkpoint.py"),
+    ("pick:7 invert:6 visible:4 attend_merged:6 next_chunk:4", "rollout.py", "test_rollout.py"),
 ]
 QUICK = ["-m", "not slow and not gpu"]
 
@@ -149,7 +159,7 @@ def survives(mutant):
         pytest = f"-m pytest -x -q -p no:cacheprovider --doctest-modules --basetemp={folder}/tmp"
         command = [sys.executable, *pytest.split(), *QUICK, *mutant.tests, mutant.file]
         try:
-            return subprocess.run(command, cwd=folder, timeout=240, capture_output=True).returncode == 0
+            return subprocess.run(command, cwd=folder, timeout=120, capture_output=True).returncode == 0
         except subprocess.TimeoutExpired:
             return False
 
@@ -172,7 +182,8 @@ def main():
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     mutants = [mutant for mutant in all_mutants() if args.only in (None, *mutant.function.split("/"))]
-    unchanged = {m.file: m._replace(source=(ROOT / m.file).read_bytes()) for m in mutants}.values()
+    unchanged = {(m.file, *m.tests): m for m in mutants}.values()
+    unchanged = [m._replace(source=(ROOT / m.file).read_bytes()) for m in unchanged]
     for mutant, passed in zip(unchanged, run(unchanged)):
         if not passed:
             sys.exit(f"mutate.py: a test fails without any fault: {' '.join(mutant.tests)}")

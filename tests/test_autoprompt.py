@@ -70,7 +70,7 @@ def write_variant(messages, seed):
 
 def anchors(n):
     rng = random.Random(0)
-    turn = dict(goal="g", context=[{"role": "user", "content": "cough"}], target=["duration: two"],
+    turn = dict(goal="g", context=[{"role": "user", "content": "cough"}], known=[], target=["duration: two"],
                 decision="continue")
     rows = []
     for i in range(n):
@@ -229,7 +229,11 @@ def test_grader_scores(desk):
 
 SESSION = {"session_id": "1", "messages": [
     {"role": "user", "content": "cough"}, {"role": "assistant", "content": "Since when?"},
-    {"role": "user", "content": "two days"}]}
+    {"role": "user", "content": "two days"}, {"role": "assistant", "content": "END"},
+    {"role": "user", "content": "never"}]}
+
+
+MARKED = ["hindsight.end_markers=[END]"]
 
 
 def found(value):
@@ -245,7 +249,7 @@ def test_extractor_scores(desk):
         return {"matched": matched} if "wanted" in user else replies[system[0]]
 
     desk.sources["extractor"] = Fake(reply, desk.folder / "poor.md")
-    wanted, cfg = ["duration: two days", "symptom: cough"], config.load(["c.yaml"])
+    wanted, cfg = ["duration: two days", "symptom: cough"], config.load(["c.yaml", *MARKED])
     examples = [ExtractorAnchor.model_validate({"session": SESSION, "items": wanted})]
     exact, by_model = (autoprompt.scorer("extractor", cfg, match)[0] for match in ("exact", "llm"))
     assert exact("a", examples) == ([pytest.approx(2 / 3)], [["Duration: Two days."]])
@@ -253,7 +257,7 @@ def test_extractor_scores(desk):
     nothing = ExtractorAnchor.model_validate({"session": SESSION, "items": []})
     assert exact("b", [nothing])[0] == [1.0]
     assert by_model("a", examples)[0] == [pytest.approx(2 * 2 / 3)]  # the matcher says so
-    assert by_model("b", examples)[0] == [0.0]
+    assert by_model("b", examples)[0] == [0.0] and "never" not in str(desk.sources["extractor"].asked)
     matched = [1, 3]  # there is no third: exact match decides
     assert by_model("a", examples)[0] == [pytest.approx(2 / 3)]
 

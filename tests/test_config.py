@@ -20,6 +20,7 @@ import hindsight
 import prompts
 import train_dpo
 import train_grpo
+import wording
 from records import InputError
 from toy.llm_server import Server
 from world import REPO, make_lexicon, make_world, read_lines, timeless, write_lines
@@ -55,6 +56,7 @@ def test_defaults_are_those_of_the_classes(tmp_path):
 
 @pytest.mark.parametrize("text, wanted", [
     ("loss: gspo", ("sequence", 3e-4, 4e-4)), ("loss: cispo", ("token", None, None)),
+    ("loss: mine", ("token", 0.2, 0.2)), ("loss: mine, clip_high: 0.3", ("token", 0.2, 0.3)),
     ("loss: gspo, aggregation: token, clip_low: 0.1, clip_high: 0.3", ("token", 0.1, 0.3)),
     ("loss: sft", ("auto", None, None)), ("loss: dpo", ("auto", None, None))])
 def test_the_losses_own_clips_and_aggregation(tmp_path, text, wanted):
@@ -140,6 +142,9 @@ model: {dtype: f32}           | 'bfloat16' or 'float64', not 'f32'; did you mean
 eval: {top_p: 1.5}            | eval.top_p must be at most 1,
 rollout: {temperature: 0}     | rollout.temperature must be above 0
 rollout: {samples: 9, max_rows: 8} | rollout.max_rows=8 cannot hold one group of rollout.samples=9
+rollout: {samples: 1}         | rollout.samples=1 teaches grpo nothing ... set 2 or more
+seed: 1; seed: 2              | c.yaml ... 'seed' stands twice below line 1
+train: {lr: 1, epochs: 2, lr: 1} | c.yaml ... 'lr' stands twice below line 2
 eval: {samples: 9}; rollout: {max_rows: 8} | rollout.max_rows=8 cannot hold one group of eval.samples=9
 hindsight: {generic: [1]}     | hindsight.generic
 train: {loss: cispo, is_floor: 2} | train.is_floor=2.0 is above train.is_cap
@@ -162,6 +167,11 @@ def test_wrong_values_are_refused(tmp_path, text, words):
     """Lines of a YAML (they have a colon), or an override."""
     line = says(tmp_path, text.replace("; ", "\n")) if ":" in text else says(tmp_path, "", text)
     assert all(part in line for part in words.split(" ... "))
+
+
+@pytest.mark.parametrize("other", ["train.loss=sft", "train.loss=dpo", "train.steps=0"])
+def test_one_sample_is_enough_where_no_groups_are_compared(tmp_path, other):
+    assert load(tmp_path, "", "rollout.samples=1", other).rollout.samples == 1
 
 
 # What only the policy losses read. test_sft.py and test_dpo.py hold each loss to a formula without these.
@@ -244,18 +254,20 @@ def role(name):
 
 
 TURNS = set("seed data.logs data.eval_logs data.valid_sessions data.goal data.lexicon hindsight.source "
-            "hindsight.stop_rule hindsight.user_end hindsight.generic".split())
+            "hindsight.stop_rule hindsight.user_end hindsight.generic hindsight.many_valued "
+            "hindsight.end_markers".split())
 PAIRS = {"seed", "data.lexicon", "hindsight.generic"}
 REFERENCE = {"model.dtype", "rollout.max_prompt_tokens", "rollout.max_new_tokens"}
 SCORES = set("seed model.path model.dtype data.goal data.lexicon data.long_prompts hindsight.generic "
-             "reward.mode reward.beta reward.grader reward.omega reward.omega_when_wrong rollout.samples "
-             "rollout.temperature eval.samples eval.temperature eval.top_p".split())
+             "hindsight.many_valued hindsight.end_markers "
+             "reward.mode reward.beta reward.grader reward.omega reward.omega_when_wrong reward.wording "
+             "rollout.samples rollout.temperature eval.samples eval.temperature eval.top_p".split())
 SCORES |= REFERENCE | role("extractor") | role("grader")
 # How often to look, where to log, what fits in memory: with others of these a run may go on.
-FREE = set("run_dir plan gpus gpu_gib hindsight.self_check llm.cache reward.max_failed rollout.max_rows "
-           "train.tokens_per_microbatch train.activation_checkpointing train.compile train.eval_every "
-           "train.checkpoint_every train.keep_checkpoints eval.samples eval.temperature eval.top_p "
-           "wandb.mode wandb.project".split())
+FREE = set("run_dir plan gpus gpu_gib hindsight.self_check hindsight.max_failed llm.cache reward.max_failed "
+           "rollout.max_rows train.tokens_per_microbatch train.activation_checkpointing train.compile "
+           "train.eval_every train.checkpoint_every train.keep_checkpoints eval.samples eval.temperature "
+           "eval.top_p wandb.mode wandb.project".split())
 TRAINING = {name for name in config.FIELDS if not name.startswith("llm.")} - FREE
 LENGTH = {"train.steps", "train.epochs"}  # with a constant learning rate a run may go on beyond its end
 ASKED = "hindsight.source=llm reward.grader=llm".split()
@@ -274,7 +286,7 @@ def another(name, old):
     if choices(name):
         return next(choice for choice in choices(name) if choice != old)
     if isinstance(old, list):
-        return old[:1]
+        return old[1:] or ["x"]
     return {bool: lambda: not old, str: lambda: old + "x"}.get(type(old), lambda: (old or 1) + 1)()
 
 
@@ -311,6 +323,7 @@ data.lexicon           |                                             | OTHER_LEX
 reward.mode            |                                             | sum
 reward.beta            | reward.mode=no_ra                           | 3
 reward.omega_when_wrong|                                             | score
+reward.wording         |                                             | false
 reward.grader          | SERVED llm.grader.prompt=OTHER_GRADER       | llm
 reward.omega           | SERVED llm.grader.prompt=OTHER_GRADER reward.grader=llm | llm
 llm.grader.prompt      | SERVED reward.grader=llm reward.omega=llm   | OTHER_GRADER
@@ -364,6 +377,9 @@ llm.extractor.prompt   | EXTRACTED                                   | OTHER_EXT
 hindsight.stop_rule    |                                             | last_turn
 hindsight.user_end     |                                             | drop
 hindsight.generic      |                                             | [duration]
+hindsight.many_valued  | hindsight.source=annotations                | [sore]
+hindsight.end_markers  |                                             | ["Anything else?"]
+hindsight.max_failed   | EXTRACTED llm.extractor.prompt=OTHER_GRADER | 1
 """
 SHORT = {"SERVED": "llm.grader.model=toy llm.grader.base_url=SERVER",
          "EXTRACTED": "hindsight.source=llm llm.extractor.model=toy llm.extractor.base_url=SERVER"}
@@ -412,13 +428,16 @@ def places(tmp_path_factory, marks_checkpoint, tiny_checkpoint):
     folder = tmp_path_factory.mktemp("keys")
     path = make_world(folder, marks_checkpoint, train__lr=0.02)
     run = folder / "run"
-    turns = read_lines(run / "turns" / "train.jsonl")
+    turns = [dict(turn, expert="How long? " * wording.FEWEST)  # so that the wording is learnt
+             for turn in read_lines(run / "turns" / "train.jsonl")]
+    write_lines(run / "turns" / "train.jsonl", turns)
     write_lines(run / "turns" / "valid.jsonl", turns[:5])
     write_lines(run / "pairs.jsonl", [dict(turn, chosen="How?", rejected="Red?!") for turn in turns])
     color = dict(asks=["color"], values={"two": ["red"]})
     lexicon = make_lexicon({"color": color}, {"cough": ("cough", ["color"])}) | {"goal": "h"}
     logs = [dict(session_id=i, messages=[
-        dict(role="user", content="cough"), dict(role="assistant", content="How long?"),
+        dict(role="user", content="cough", learned={"sore": "no"}),
+        dict(role="assistant", content="How long?"),
         dict(role="user", content="two days" if i % 2 else "red", learned={"sore": "yes"} if i % 3 else {}),
         dict(role="assistant", content="Anything else?"), dict(role="user", content="no")]) for i in range(6)]
     write_lines(folder / "logs.jsonl", logs)
@@ -437,7 +456,8 @@ def outcomes():
     return {}  # overrides -> what came out, so that each context runs once
 
 
-CANNED = ["How long?", "How long? Any color?", "What color?", "<stop />", "Bye <stop />", "cough"]
+CANNED = ["How long?", "How long shouldix?", "How long? Any color?", "What color?", "<stop />",
+          "Bye <stop />", "cough"]
 
 
 def arguments(places, folder, overrides):
@@ -488,11 +508,14 @@ def trained(places, folder, overrides):
 
 
 def built(places, folder, overrides):
-    """hindsight.py on a small log -> the turns it wrote."""
+    """hindsight.py on a small log -> the turns it wrote, or why it wrote none."""
     argv = arguments(places, folder, ["data.logs=LOGS", *overrides])
     with pytest.MonkeyPatch.context() as m, redirect_stdout(io.StringIO()):
         m.setattr(sys, "argv", ["hindsight.py", *argv])
-        hindsight.main()
+        try:
+            hindsight.main()
+        except InputError as error:
+            return str(error)
     return {p.name: p.read_text() for p in (folder / "r" / "turns").glob("*.jsonl")}
 
 
@@ -505,7 +528,7 @@ def test_every_key_changes_something(act, name, places, outcomes, tmp_path):
     if key not in outcomes:
         outcomes[key] = act(places, tmp_path / "without", context)
     without, with_it = outcomes[key], act(places, tmp_path / "with", [*context, change])
-    assert with_it != without
+    assert with_it != without and isinstance(with_it, str) == (name == "hindsight.max_failed")
     if act is trained:  # a key of training trains another model, a key of logging and looking does not
         assert (with_it["weights"] == without["weights"]) == (name in LOOKS)
 

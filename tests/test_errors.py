@@ -3,19 +3,22 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
 
+import autoprompt
 import eval as evaluation
 import hindsight
 import pairs
+import records
 import rollout
 import table1
 import train_dpo
 import train_grpo
 import train_sft
-from world import REPO, make_baseline, read_lines, write_lines
+from world import REPO, make_baseline, make_world, read_lines, write_lines
 
 
 @pytest.mark.slow
@@ -175,6 +178,30 @@ def test_a_training_that_cannot_be(refused, tmp_path, tiny_checkpoint, case):
     check(refused(TRAINERS[loss], path, *overrides.split()), said)
     # Else the folder would hold its next user to this config, and a typo could not be mended in place.
     assert not {"checkpoints", "metrics.jsonl"} & {path.name for path in (tmp_path / "run").iterdir()}
+
+
+# -------------------------------------------------------------------------------------- two in one run folder
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lock, place, others", [
+    (".lock", "train_grpo.running.checkpoint.open_run",
+     [train_grpo, hindsight, pairs, evaluation, autoprompt]),
+    (".row.lock", "table1.subprocess.run", [table1])])
+def test_a_run_folder_has_one_process_at_a_time(refused, tmp_path, tiny_checkpoint, lock, place, others):
+    """The first is held at some place on its way. The second is told who that is, until it ends."""
+    path, run = make_world(tmp_path, tiny_checkpoint, data__logs="logs.jsonl"), tmp_path / "run"
+    script = place.partition(".")[0]
+    held = f"import time, {script}; {place} = lambda *_: time.sleep(30); {script}.main()"
+    with subprocess.Popen([sys.executable, "-c", held, path], cwd=REPO) as process:
+        while not ((run / lock).is_file() and (run / lock).read_text()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        for other in others:
+            line = refused(other, path, "train.lr=0.5", *["type=grader"] * (other == autoprompt))
+            check(line, f"{run} is in use by process {process.pid} ( ... {path}): wait until it ends")
+        process.kill()
+    assert not (run / "config.yaml").exists()
+    records.lock(run, lock)
 
 
 # ------------------------------------------------------------------------------------------------- rollout.py

@@ -4,13 +4,15 @@ import os
 import shutil
 
 import pytest
+import torch
 import yaml
 
 import config
 import eval as evaluation
 from metrics import by_session, intervals, load_graded, metrics, summarise
-from records import InputError, Rollout, write_json, write_jsonl
-from world import LEXICON, write_lines
+from prompts import encode_prompts, load_prompt, load_turns
+from records import InputError, Rollout, file_hash, write_json, write_jsonl
+from world import LEXICON, make_config, write_lines
 
 COLUMNS = "wa wa_gh wc ws aa fc tr".split()
 
@@ -61,10 +63,11 @@ def run(tmp_path, tiny_checkpoint):
     opening = {"role": "user", "content": "a cough"}
     told = [opening, {"role": "assistant", "content": "How long?"}, {"role": "user", "content": "two days"}]
     turns = [{"turn_id": f"{s}_{i}", "session_id": s, "context": context, "target": target,
-              "decision": "continue" if target else "stop"}
+              "known": [], "decision": "continue" if target else "stop"}
              for s, i, context, target in (("a", 1, [opening], ["duration: two"]), ("a", 2, told, []),
                                            ("b", 1, [opening], ["duration: two"]))]
-    write_jsonl(folder / "turns" / "eval.jsonl", turns)
+    for name in ("eval", "train"):
+        write_jsonl(folder / "turns" / f"{name}.jsonl", turns)
     path = tmp_path / "cfg.yaml"
     path.write_text("rollout: {max_new_tokens: 4, max_rows: 8}\n"
                     "eval: {samples: 3, temperature: 0.7, top_p: 0.9}\n")
@@ -79,7 +82,11 @@ def test_a_run_that_never_trained_is_its_base_model(run, show, tiny_checkpoint):
     result = json.loads((folder / "eval.json").read_text())
     graded = load_graded(folder / "graded.jsonl")
     assert result["model"] == str(tiny_checkpoint) and result["n"] == len(graded) == 9
-    assert result["greedy"]["n"] == 3
+    assert result["steps"] == 0 and result["samples"] == 3
+    assert result["config"] == config.flatten(config.load(list(map(str, args))))
+    greedy = load_graded(folder / "graded_greedy.jsonl")
+    assert result["greedy"]["n"] == len(greedy) == 3 and [g.session_id for g in greedy] == ["a", "a", "b"]
+    assert result["turns"] == evaluation.world_of(greedy) != evaluation.world_of(greedy[:2])
     assert [f"{g.turn_id} {g.sample}" for g in graded] == [
         f"{turn} {i}" for turn in ("a_1", "a_2", "b_1") for i in range(3)]
     assert result.items() >= metrics(graded).items()
@@ -89,6 +96,20 @@ def test_a_run_that_never_trained_is_its_base_model(run, show, tiny_checkpoint):
     before = (folder / "graded.jsonl").read_bytes()
     show(*args, "reward.mode=no_rs", "reward.beta=7", "reward.omega_when_wrong=score")
     assert (folder / "graded.jsonl").read_bytes() == before  # the same noise, whatever the training reward
+
+
+def test_greedy_is_the_likeliest_token_at_each_place(run, show, tiny_checkpoint, tiny_tokenizer):
+    """One response a turn, that of transformers."""
+    from transformers import AutoModelForCausalLM
+    folder, args = run
+    show(*args)
+    cfg, model = config.load(list(map(str, args))), AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    prompts = encode_prompts(tiny_tokenizer, load_prompt(cfg.data.prompt), load_turns(cfg, "eval"), cfg)
+    for prompt, g in zip(prompts, load_graded(folder / "graded_greedy.jsonl"), strict=True):
+        ids = torch.tensor([prompt.tokens])
+        out = model.generate(ids, do_sample=False, max_new_tokens=4)[0, ids.shape[1]:]
+        text = tiny_tokenizer.decode(out, skip_special_tokens=True)
+        assert (g.turn_id, g.response) == (prompt.turn.turn_id, text)
 
 
 def test_the_export_is_evaluated_where_there_is_one(run, show, make_checkpoint):
@@ -107,8 +128,10 @@ def test_the_export_is_evaluated_where_there_is_one(run, show, make_checkpoint):
     refuses()
     shutil.copytree(make_checkpoint("qwen2", seed=5), folder / "export")
     os.utime(folder / "export")
+    write_lines(folder / "metrics.jsonl", [{"step": step} for step in range(3)])
     show(*args)
-    assert json.loads((folder / "eval.json").read_text())["model"] == str(folder / "export")
+    result = json.loads((folder / "eval.json").read_text())
+    assert (result["model"], result["steps"]) == (str(folder / "export"), 2)
     os.utime(step, (2e9, 2e9))  # training went on after that export
     refuses()
 
@@ -116,7 +139,8 @@ def test_the_export_is_evaluated_where_there_is_one(run, show, make_checkpoint):
 def test_turns_must_be_there_and_made_with_this_config(run, show):
     folder, args = run
     other = config.load([*map(str, args), "hindsight.stop_rule=last_turn"])
-    write_json(folder / "turns" / "made.json", config.made_with(other, "turns"))
+    files = {path.name: file_hash(path) for path in (folder / "turns").glob("*.jsonl")}
+    write_json(folder / "turns" / "made.json", {**config.made_with(other, "turns"), "files": files})
     with pytest.raises(InputError, match="hindsight.stop_rule='last_turn', this config has 'paper'"):
         show(*args)
     show(*args, "hindsight.stop_rule=last_turn")
@@ -177,12 +201,15 @@ def test_the_papers_numbers_and_its_formulas(line):
             assert p * wc * (1 + 2 * wa) + 3 * (1 - p) * ws + fc == pytest.approx(tr, abs=0.031)
 
 
-def write_run(folder, scores, greedy=None):
+def write_run(folder, scores, greedy=None, how=(), **flat):
+    """A run that was evaluated. how: with what conditions; flat: keys of its config, __ for the dot."""
     folder.mkdir(parents=True)
     graded = rollouts(scores)
     write_jsonl(folder / "graded.jsonl", graded)
     write_jsonl(folder / "graded_greedy.jsonl", rollouts(greedy or scores))
-    write_json(folder / "eval.json", {**summarise(graded), "decoding": "temperature 1", "greedy": {}})
+    made = config.flatten(make_config(run_dir=str(folder), **flat))
+    how = {"decoding": "temperature 1", "samples": 1, "steps": 9, "turns": "w", **dict(how)}
+    write_json(folder / "eval.json", {**summarise(graded), **how, "config": made, "greedy": {}})
     return folder
 
 
@@ -210,10 +237,11 @@ def test_the_view(tmp_path, show):
                                         "+0.000 [+0.000, +0.000]", "undecided"]
     assert held["GRPO > Sum in TR"][::2][:2] == ["+0.07 / -0.04", "undecided"]
     assert "Sampled (temperature 1)" in out and (tmp_path / "table.md").read_text() in out
+    assert "Not alike" not in out
     found = json.loads((tmp_path / "table.json").read_text())
     row = found["rows"]["grpo"]
     assert row["sampled"]["tr"] == 4 and row["paper"]["7b"]["tr"] == 3.27
-    assert set(found["rows"]["mine"]) == {"runs", "decoding", "sampled", "greedy", "tr_by_run"}
+    assert set(found["rows"]["mine"]) == {"runs", "how", "made", "sampled", "greedy", "tr_by_run"}
     first = found["orderings"][0]
     assert first["sampled"] == {"difference": 1.0, "interval": [1.0, 1.0], "verdict": "holds"}
     assert first["paper"] == {"7b": 0.86, "32b": 0.45}
@@ -228,11 +256,14 @@ def test_an_ordering_that_does_not_hold_or_cannot_be_compared(tmp_path, show, gr
 
 
 def test_runs_of_one_name_are_seeds_of_a_row(tmp_path, show):
-    """Pooled; session 0 of one world is not session 0 of the other."""
+    """Pooled; session 0 of one world is not session 0 of the other. Worlds lie beside their runs."""
     runs = []
     for i, world in enumerate(({"0": [1.0], "1": [0.5]}, {"0": [0.0, 0.0]})):
-        runs.append(write_run(tmp_path / f"toy{i}" / "grpo", world))
-        runs.append(write_run(tmp_path / f"toy{i}" / "sft", {s: [0.0] * len(v) for s, v in world.items()}))
+        how = {"turns": f"w{i}"}
+        runs.append(write_run(tmp_path / f"toy{i}" / "grpo", world, how=how, seed=i, train__eval_every=i + 1,
+                              data__logs=str(tmp_path / f"toy{i}" / "world" / "train.jsonl")))
+        zeros = {s: [0.0] * len(v) for s, v in world.items()}
+        runs.append(write_run(tmp_path / f"toy{i}" / "sft", zeros, how=how))
     assert "**TR of each seed**" in show("--table", *runs)
     summary = json.loads((tmp_path / "table.json").read_text())
     row = summary["rows"]["grpo"]
@@ -242,6 +273,28 @@ def test_runs_of_one_name_are_seeds_of_a_row(tmp_path, show):
     assert len(by_session(evaluation.read_rows(runs)["grpo"]["sampled"])[0]) == 3
 
 
-def test_a_run_without_evaluation(tmp_path, show):
-    with pytest.raises(InputError, match="nowhere/eval.json does not exist: run eval.py"):
-        show("--table", tmp_path / "nowhere")
+@pytest.mark.parametrize("name, values", [
+    ("train.lr", (0.5, 0.25)), ("data.logs", ("a/train.jsonl", "b/train.jsonl")), ("eval.samples", (1, 2))])
+def test_runs_of_one_name_that_are_no_seeds_are_not_pooled(tmp_path, refused, name, values):
+    runs = [write_run(tmp_path / str(i) / "grpo", {"s": [1.0]}, seed=i, **{name.replace(".", "__"): value})
+            for i, value in enumerate(values)]
+    says = f"{runs[0]} and {runs[1]} have one name but differ in {name} ({values[0]}, {values[1]})"
+    assert says in refused(evaluation, "--table", *runs)
+
+
+@pytest.mark.parametrize("name, values", [
+    ("decoding", ("greedy", "top-p 1")), ("samples", (1, 3)), ("steps", (0, 200)), ("turns", ("ab", "cd"))])
+def test_a_table_says_which_conditions_differ(tmp_path, show, name, values):
+    runs = [write_run(tmp_path / row, {"s": [1.0]}, how={name: value})
+            for row, value in zip(("grpo", "mine"), values)]
+    out = show("--table", *runs)
+    assert f"\n- {name} differ: GRPO {values[0]}; mine {values[1]}\n" in out and out.count("differ:") == 1
+
+
+def test_a_run_without_evaluation_or_of_an_older_one(tmp_path, show):
+    run = write_run(tmp_path / "old", {"s": [1.0]})
+    write_json(run / "eval.json", {"decoding": "temperature 1"})
+    for run, says in ((tmp_path / "nowhere", "nowhere/eval.json does not exist: run eval.py"),
+                      (run, "old/eval.json does not tell its config: run eval.py with it again")):
+        with pytest.raises(InputError, match=says):
+            show("--table", run)

@@ -15,7 +15,7 @@ from asking import turns_of, write_config, write_logs
 from prompts import turns_file
 from records import InputError, Session, Turn
 from toy import world
-from world import REPO, make_config, read_lines
+from world import REPO, make_config, read_lines, write_lines
 
 pytestmark = pytest.mark.usefixtures("client")
 FAULTS = "429", "500", "drop", "cut", "prose", "types", "range", "empty", "html", "nojson", "list"
@@ -41,7 +41,7 @@ def numbers(pattern, text):
 def test_the_extractor_makes_the_turns_of_the_rules(tmp_path, lexicon_file, build, serve):
     """On toy sessions, with replies out of order: the same files to the letter."""
     logs, held = write_logs(tmp_path, 300), write_logs(tmp_path, 40, "test")
-    how = dict(data__eval_logs=str(held), data__valid_sessions=30)
+    how = dict(data__eval_logs=str(held), data__valid_sessions=30, hindsight__end_markers=["I see."])
     server = serve(delay=(0, 0.02))
     path, rules = (write_config(tmp_path, lexicon_file, server.url, logs, source,
                                 hindsight__source=source, **how) for source in ("llm", "rules"))
@@ -62,26 +62,40 @@ def test_faults_lose_no_turn(tmp_path, lexicon_file, build, serve):
     clean = write_config(tmp_path, lexicon_file, server.url, logs, "clean")
     told_clean = build(clean)
     server.faults, server.kinds = 0.3, FAULTS
-    how = dict(llm__extractor__retries=1, llm__extractor__concurrency=16)
+    how = dict(llm__extractor__retries=1, llm__extractor__concurrency=16, hindsight__max_failed=1.0)
     faulty = write_config(tmp_path, lexicon_file, server.url, logs, "faulty", **how)
     told = build(faulty)
     old, new = (read_lines(tmp_path / name / "turns" / "train.jsonl") for name in ("clean", "faulty"))
     ids = {turn["turn_id"] for turn in new}
     assert new == [turn for turn in old if turn["turn_id"] in ids] and 0 < len(new) < len(old)
-    dropped, closing = ([sum(numbers(rf"turns dropped: (\d+){why}", text)) for text in (told_clean, told)]
-                        for why in ("", " closing"))
-    failed, = numbers(r"turns dropped: (\d+) extraction failed", told)
-    assert len(new) + dropped[1] == len(old) + dropped[0]
-    assert failed == dropped[1] - dropped[0] + closing[0] - closing[1]
+    failed, = numbers(r"sessions set aside: (\d+) no usable extraction", told)
+    used = [numbers(r"(\d+) sessions used", text)[0] for text in (told_clean, told)]
+    assert used[0] == used[1] + failed
     asks, answered, invalid, unanswered = map(int, re.search(
         r"extractor: (\d+) asks: (\d+) answered, (\d+) with unusable replies, (\d+) unanswered",
         told).groups())
     assert asks == answered + invalid + unanswered and invalid > 0 and unanswered > 0
+    assert failed == invalid + unanswered and len(ids) == len(new)
     assert len({turn["session_id"] for turn in new}) == answered
     server.faults = 0.0
     told = build(faulty)  # the server is well again: what was not answered is asked once more
     assert numbers(r"; (\d+) calls", told) == [unanswered + invalid]
     assert turns_of(faulty) == turns_of(clean)
+
+
+@pytest.mark.parametrize("failed", [2, 3])
+def test_too_many_failed_extractions_write_nothing(tmp_path, lexicon_file, build, serve, failed):
+    """hindsight.max_failed is 0.2, of ten sessions."""
+    rows = [row for i in range(30) if (row := world.session(1, "train", i)).get("success") is not False]
+    path = write_config(tmp_path, lexicon_file, serve(script=["500"] * failed).url,
+                        write_lines(tmp_path / "logs.jsonl", rows[:10]),
+                        llm__extractor__concurrency=1, llm__extractor__retries=0)
+    if failed == 3:
+        with pytest.raises(InputError, match="for 3 of 10 sessions, over hindsight.max_failed=0.2"):
+            build(path)
+        assert not turns_of(path)
+    told = build(path)  # failed ones are asked again
+    assert "sessions set aside: 2 no usable extraction" in told or "10 sessions used" in told and failed == 3
 
 
 @pytest.mark.slow
@@ -204,8 +218,9 @@ def test_a_local_extractor(tmp_path, tiny_checkpoint, lexicon_file, capsys):
     local = dict(source="local", model=str(tiny_checkpoint), max_tokens=5)
     path = write_config(tmp_path, lexicon_file, "", write_logs(tmp_path, 4), rollout__max_rows=8,
                         **{f"llm__extractor__{key}": value for key, value in local.items()})
-    with pytest.raises(InputError, match="gave no turns"):
+    with pytest.raises(InputError, match="no usable extraction for 4 of 4 sessions"):
         hindsight.main([str(path)])
     told = capsys.readouterr().out
-    assert "extraction failed" in told and "4 asks: 0 answered, 4 with unusable replies, 0 unanswered" in told
+    assert "set aside: 4 no usable extraction" in told
+    assert "4 asks: 0 answered, 4 with unusable replies, 0 unanswered" in told
     assert "8 calls (4 repairs asked for)" in told

@@ -120,7 +120,7 @@ def test_training_asks_the_grader(train, canned, prepared, serve, world_of):
     asked = candidates_in(server.bodies)
     wanted = set()
     for turn, texts, _ in canned:
-        shared = json.dumps({"conversation": spoken(turn.context), "targets": turn.target})
+        shared = json.dumps({"conversation": spoken(turn.context), "known": [], "targets": turn.target})
         if turn.decision == "continue":
             wanted |= {(shared, text) for text in texts if "<stop />" not in text}
     assert set(asked) == wanted and server.requests == len(asked) <= 20  # some of its turns are alike

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import checkpoint
+import grading
 import model as decoder
 import pack
 import parallel
@@ -118,8 +119,8 @@ def test_micro_batches_do_not_change_the_gradient(run, folders64, groups, loss, 
 
 
 def by_hand(model, reference, groups, cfg, temperature):
-    """The step's GRPO loss, one response at a time, from the formulas of the design."""
-    t, total, tokens, responses = cfg.train, 0.0, 0, 0
+    """The step's GRPO loss, one response at a time, from the formulas of the design. -> (loss, mean KL)"""
+    t, total, tokens, responses, kls = cfg.train, 0.0, 0, 0, 0.0
     for group in groups:
         rewards = [r for r in rewards_of(group) if r is not None]
         mean = sum(rewards) / len(rewards) if rewards else 0
@@ -137,10 +138,12 @@ def by_hand(model, reference, groups, cfg, temperature):
             d = logp - ref
             kl = d ** 2 / 2 if t.kl == "k2" else (-d).exp() - 1 + d
             x = x + t.kl_coef * kl - t.entropy_coef * entropy
+            kls += d.sum().item()
             total = total + (x.mean() if t.aggregation == "sequence" else x.sum())
             tokens, responses = tokens + len(response.tokens), responses + 1
     length = cfg.rollout.max_new_tokens
-    return total / {"token": tokens, "sequence": responses, "constant": responses * length}[t.aggregation]
+    whole = {"token": tokens, "sequence": responses, "constant": responses * length}
+    return total / whole[t.aggregation], kls / tokens
 
 
 @pytest.mark.parametrize("aggregation, kl, temperature",
@@ -154,10 +157,11 @@ def test_a_step_is_what_the_design_says(run, folders64, groups, aggregation, kl,
         train__entropy_coef=0.05, train__dual_clip=1.2, train__tokens_per_microbatch=70,
         rollout__temperature=temperature)
     plain, reference = plain_decoder(run.model), plain_decoder(load64(folders64[1]))
-    loss = by_hand(plain, reference, groups, run.cfg, temperature)
+    loss, kl = by_hand(plain, reference, groups, run.cfg, temperature)
     want = gradient_of(plain, loss)
     same(grads, want)
     assert figures["loss"] == pytest.approx(loss.item(), rel=1e-9)
+    assert figures["kl"] == pytest.approx(kl, rel=1e-9)
     assert figures["grad_norm"] == pytest.approx(norm_of(want), rel=1e-9)
 
 
@@ -176,25 +180,36 @@ def test_failed_responses_leave_no_trace(run, folders64, groups):
     json.dumps(figures, allow_nan=False)
 
 
-def test_groups_without_advantages_are_skipped_exactly(run, groups):
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_groups_without_advantages_are_skipped_exactly(run, groups, loss, aggregation):
     """Not computed without KL and entropy, the result is that of computing them, and they count in the
-    denominator. (An entropy bonus of 1e-300 computes everything and adds nothing.)"""
-    found = []
+    denominator. (An entropy bonus of 1e-300 computes everything and adds nothing.) A group is computed even
+    where most of its advantages are zero."""
+    groups, found = copy.deepcopy(groups[:3]), []
+    for graded, reward in zip(groups[2].graded, [1.0, None, 3.0, 2.0]):
+        graded.reward = reward  # advantages of -1, 0, 1 and 0
+    sizes = [sum(len(r.tokens) for r in valid([group])) for group in groups]
     for coef, skipped, trained in ((0.0, 1 / 3, {0, 2}), (1e-300, 0, {0, 1, 2})):
-        _, grads, batches = step(run, groups[:3], train__entropy_coef=coef)
-        assert run.todo.skipped == pytest.approx(skipped)
+        figures, grads, batches = step(run, groups, train__entropy_coef=coef, train__loss=loss,
+                                       train__aggregation=aggregation)
+        assert run.todo.skipped == pytest.approx(skipped) and run.todo.tokens == sum(sizes)
         assert {b for batch in batches for b, _ in batch.names} == trained
-        assert run.todo.tokens == sum(len(r.tokens) for r in valid(groups[:3]))
+        assert figures["trained_share"] == sum(sizes[b] for b in trained) / sum(sizes)
         found.append(grads)
     same(*found)
 
 
-def test_a_step_of_skipped_groups_runs(run, groups):
-    """Nothing was computed, so there is nothing to say: 0 would read as a collapsed entropy, a ratio of 0."""
+def test_a_step_of_skipped_groups_changes_nothing(folders64, groups):
+    """Nothing was computed, so there is nothing to say: 0 would read as a collapsed entropy, a ratio of 0.
+    And there is nothing to learn: neither momentum nor weight decay move the weights."""
+    run = open_run(folders64[0], configure(), lr=1e-2)
+    step(run, groups)
+    before = weights(run.model)
     for some in ([1], [5], [1, 5]):
         figures, grads, _ = step(run, [groups[i] for i in some])
         assert run.todo.skipped == 1 and figures["finite"] and figures["grad_norm"] == 0 == figures["loss"]
-        assert all((g == 0).all() for g in grads.values())
+        assert not grads and equal(weights(run.model), before)
         json.dumps(figures, allow_nan=False)
         assert figures["ratio"] is figures["entropy"] is figures["gap_mean"] is figures["gap_max"] is None
     figures, _, _ = step(run, [groups[5]], train__entropy_coef=0.1)  # nothing valid at all
@@ -217,6 +232,38 @@ def test_one_step_per_sync_has_ratio_one(run, groups, loss):
     assert figures["ratio"] == 1.0 and figures["clip_share"] == 0.0 and figures["grad_norm"] > 0
     figures, _, _ = step(run, groups, train__loss=loss)  # against the sampler's: clips
     assert figures["ratio"] != 1.0 and figures["clip_share"] > 0 and figures["gap_max"] > 0.1
+
+
+@pytest.mark.parametrize("steps_per_sync", [1, 2])
+def test_gspo_clips_against_the_trainers_own_old_log_probs(folders64, groups, steps_per_sync):
+    """Its clip is finer than what sampler and trainer differ in. So at the first step after a sync the ratio
+    is 1, to the bit; `outside` tells which share of the tokens the clip would reach by the sampler's."""
+    cfg = configure(train__loss="gspo", train__clip_low=0.1, train__clip_high=0.2,
+                    train__steps_per_sync=steps_per_sync)
+    run, far = open_run(folders64[0], cfg, lr=1e-2), []
+    plain, todo = plain_decoder(run.model), prepare(groups[6:], run)
+    for group in groups[6:]:
+        for response in group.responses:
+            logp, _ = alone(plain, group.prompt.tokens, response.tokens)
+            s = (logp - torch.tensor(response.logprobs)).mean().exp()
+            far += [not 0.9 <= s <= 1.2] * len(logp)
+    if steps_per_sync > 1:
+        train_grpo.rescore(run.model, todo, cfg)
+        assert all(torch.equal(pack.logprobs(run.model, batch)[0], batch.old) for batch in todo.batches)
+    first, second = (train_step(run.model, run.optimizer, todo, cfg) for _ in range(2))
+    assert first["ratio"] == 1.0 and 0 < sum(far) < len(far)
+    assert first["outside"] == pytest.approx(sum(far) / len(far))
+    if steps_per_sync > 1:  # the later step still compares the weights that sampled
+        assert second["ratio"] != 1.0 and second["outside"] == first["outside"]
+
+
+def test_every_figure_of_a_loss_is_logged_and_no_other(run, groups, monkeypatch):
+    def mine(logp, old, adv, seq, t):
+        return -adv * logp, {"twice": 2 * torch.ones_like(logp)}
+
+    monkeypatch.setitem(LOSSES, "mine", mine)
+    figures, _, _ = step(run, groups, train__loss="mine")
+    assert figures["twice"] == 2.0 and not {"ratio", "clip_share", "outside"} & set(figures)
 
 
 def test_importance_weight(run, groups):
@@ -253,12 +300,14 @@ def test_master_weights_are_at_least_float32(run, folders64, groups, compute, ma
     assert {p.dtype for p in frozen} == {compute} and not any(p.requires_grad for p in frozen)
 
 
-def test_a_step_with_a_bad_gradient_changes_nothing(folders64, groups, monkeypatch):
+@pytest.mark.parametrize("spoil", [lambda x: (x - x.detach()).sqrt(), lambda x: x + math.inf],
+                         ids=["no gradient", "no loss"])
+def test_a_step_with_a_bad_loss_or_gradient_changes_nothing(folders64, groups, monkeypatch, spoil):
     run = open_run(folders64[0], configure(), lr=1e-2)
     checkpoint.fresh_moments(run.model, run.optimizer)
     before = weights(run.model)
     with monkeypatch.context() as m:
-        m.setitem(LOSSES, "grpo", lambda *args: (train_grpo.grpo_loss(*args)[0] * math.nan, {}))
+        m.setitem(LOSSES, "grpo", lambda *args: (spoil(train_grpo.grpo_loss(*args)[0]), {}))
         out, _, _ = step(run, groups)
     assert out["finite"] is False and out["grad_norm"] is None and equal(weights(run.model), before)
     states = run.optimizer.state.values()
@@ -289,21 +338,48 @@ def test_two_ranks_equal_one(run_ranks, folders64, groups, name):
 # --------------------------------------------------------------------------------------------------- the loop
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", list(LOSSES))
-def test_clipping_acts_off_policy_and_only_there(train, tmp_path, marks_checkpoint, loss):
+@pytest.mark.parametrize("loss, tis_cap", [*((loss, None) for loss in LOSSES), ("grpo", 2.0)])
+def test_clipping_acts_off_policy_and_only_there(
+        train, monkeypatch, tmp_path, marks_checkpoint, loss, tis_cap):
+    """gspo and tis_cap have old log-probs of the trainer, and nobody else needs them."""
+    rescore, rescored = train_grpo.rescore, []
+    monkeypatch.setattr(train_grpo, "rescore", lambda *args: (rescored.append(args), rescore(*args)))
     path = make_world(tmp_path, marks_checkpoint, train__loss=loss, train__lr=0.03, train__entropy_coef=0.01,
-                      train__steps=8)
+                      train__steps=8, train__tis_cap=tis_cap)
     lines = train(train_grpo, path)
+    own = loss == "gspo" or tis_cap is not None
     on, off = lines[::2], lines[1::2]
     assert sum(m["clip_share"] > 0 for m in off) >= 2 and all(abs(m["ratio"] - 1) > 1e-4 for m in off)
-    if loss != "gspo":  # on policy the ratio is 1 but for rounding, which GSPO's narrow clip may just see
-        assert all(m["clip_share"] == 0 for m in on)
+    assert all(m["clip_share"] == 0 and (m["ratio"] == 1.0 or not own) for m in on)
     assert all(m["gap_max"] < 1e-4 for m in on) and all(m["gap_max"] is None is m["gap_mean"] for m in off)
     shutil.copytree(tmp_path / "run" / "turns", tmp_path / "other" / "turns")
     train(train_grpo, path, "train.steps_per_sync=1", f"run_dir={tmp_path / 'other'}")
     lines = read_lines(tmp_path / "other" / "metrics.jsonl")
     assert [(m["ratio"], m["clip_share"]) for m in lines] == [(1.0, 0.0)] * 8
-    assert all(m["gap_max"] is not None for m in lines)
+    assert all(m["gap_max"] is not None for m in lines) and len(rescored) == 8 * own
+
+
+def test_what_is_logged_of_the_rollouts(train, monkeypatch, tmp_path, marks_checkpoint):
+    groups, sample_graded = [], grading.sample_graded
+
+    def watched(*args):
+        found, figures = sample_graded(*args)
+        groups.extend(found)
+        return found, figures
+
+    monkeypatch.setattr(grading, "sample_graded", watched)
+    lines = train(train_grpo, make_world(tmp_path, marks_checkpoint, rollout__temperature=2.0))
+    for i, line in enumerate(lines):
+        tokens, logps, rewards, cut_off = 0, 0.0, 0.0, 0
+        for group in groups[4 * i:4 * i + 4]:
+            for r, g in zip(group.responses, group.graded):
+                tokens += len(r.tokens)
+                logps += sum(r.logprobs)
+                rewards += g.r_s * (1 + 2 * g.r_a) + g.omega
+                cut_off += r.tokens[-1] != 258
+        want = [rewards / 16, logps / tokens, cut_off / 16]
+        assert [line[k] for k in ("reward", "logp", "cut_off")] == pytest.approx(want)
+    assert len({line["cut_off"] for line in lines}) > 1, "every response was cut off"
 
 
 # -------------------------------------------------------------------------------------------------------- GPU

@@ -29,12 +29,14 @@ def test_hostile_texts_round_trip(text):
     """What is sent is JSON that gives the very texts back: none can end its own field, fill in a placeholder
     or be read as a special token."""
     context = messages(text, text, "x" + text)
-    turn = TURN.model_copy(update={"context": context, "target": [f"a: {text}"], "goal": "the goal"})
+    turn = TURN.model_copy(update={"context": context, "known": [f"b: {text}"], "target": [f"a: {text}"],
+                                   "goal": "the goal"})
     system, user = grading.grader_messages("P {goal}", turn, text)
     assert system == {"role": "system", "content": "P the goal"} and user["role"] == "user"
     shared, _, candidate = user["content"].partition("\n\nCandidate: ")
     assert json.loads(candidate) == text and "<|" not in user["content"]
-    assert json.loads(shared) == {"conversation": spoken(context), "targets": turn.target}
+    assert json.loads(shared) == {"conversation": spoken(context), "known": turn.known,
+                                  "targets": turn.target}
     system, user = hindsight.extractor_messages("P {goal} {generic}", context, "the goal", ["a", "b"])
     assert system["content"] == "P the goal a, b" and "<|" not in user["content"]
     lines = [json.loads(line) for line in user["content"].split("\n")]

@@ -9,7 +9,7 @@ from world import REPO
 
 # A file imports only from files that stand before it. So there is no circle, and none imports toy/ or bench/.
 ORDER = """records config
-    lexicon model prompts
+    lexicon wording model prompts
     parallel checkpoint pack reward metrics rollout
     llm plan
     hindsight grading report
@@ -18,7 +18,7 @@ ORDER = """records config
     train_grpo train_sft train_dpo""".split()
 OPTIONAL = {"openai", "plotly", "wandb", "transformers", "tokenizers", "huggingface_hub", "trl"}
 WITH_TORCH = {"torch", "model", "parallel", "rollout"}  # late in llm.py: hindsight.py does without
-CEILINGS = {"tests": 85_000, "toy": 10_000, "bench": 5_500}  # code tokens
+CEILINGS = {".": 47_000, "tests": 92_000, "toy": 10_000, "bench": 5_500}  # code tokens
 LAYOUT = {"NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
@@ -51,12 +51,15 @@ CORE = texts(".")
 def test_core():
     assert sorted(ORDER) == sorted(CORE) and len(CORE) <= 26
     tokens, lines = map(sum, zip(*map(measure, CORE.values())))
-    assert tokens <= 45_000 and tokens / lines <= 10.5, (tokens, tokens / lines)
+    assert tokens / lines <= 10.5
 
 
 @pytest.mark.parametrize("folder", CEILINGS)
-def test_folders(folder):
-    assert sum(measure(text)[0] for text in texts(folder).values()) <= CEILINGS[folder]
+def test_size(folder):
+    tokens, most = sum(measure(text)[0] for text in texts(folder).values()), CEILINGS[folder]
+    name = "the core" if folder == "." else f"{folder}/"
+    assert tokens <= most, (f"{name} has {tokens:,} code tokens, at most {most:,}: take something out, or "
+                            "raise CEILINGS in tests/test_house.py")
 
 
 def test_readme():

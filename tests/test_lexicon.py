@@ -159,6 +159,7 @@ def test_yaml_words_that_yaml_reads_as_booleans_stay_words(lex):
     ("complaints:", "more: 1\ncomplaints:", "unknown key 'more'; it may hold goal, yes, no, openers, "),
     ("yes_no: true", "yes_no: true\n    no: [x]", "attributes.fever: unknown key 'no'; it may hold asks, "),
     ("goal: Find", "goal: [Find", "not valid YAML"),
+    ("  medicine:", "  cough:", "not valid YAML: 'cough' stands twice below line"),
     (THROAT, "[]", "must be an object, not []"),
 ])
 def test_a_broken_lexicon_names_file_and_key(load, tmp_path, old, new, says):

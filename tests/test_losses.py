@@ -86,7 +86,7 @@ def test_cispo_formula_and_gradient(t, seed):
     g, = torch.autograd.grad(loss.sum(), logp)
     torch.testing.assert_close(g, -weight * adv, rtol=1e-12, atol=0)  # the weight has none
     torch.testing.assert_close(figures["ratio"], r)
-    clipped = (r > t.is_cap) | (r < t.is_floor)
+    clipped = (adv != 0) & ((r > t.is_cap) | (r < t.is_floor))
     assert torch.equal(figures["clip_share"], clipped) and clipped.any()
 
 
@@ -113,6 +113,16 @@ def test_kl_formulas(kind):
     kl = kl_estimate(logp, ref, kind)
     torch.testing.assert_close(kl, torch.tensor(want, dtype=torch.float64))
     assert (kl >= 0).all() and torch.autograd.gradcheck(lambda x: kl_estimate(x, ref, kind), (logp,))
+
+
+def test_k3_is_flat_where_its_exponential_would_overflow():
+    """Never a gradient of the wrong sign: it would push the policy further from the reference."""
+    for d in (-1e3, -20.5, -19.5, 19.5, 20.5, 1e3):
+        logp = torch.tensor([d], dtype=torch.float64, requires_grad=True)
+        kl, near = kl_estimate(logp, torch.zeros_like(logp), "k3"), clip(d, -20, 20)
+        kl.backward()
+        assert kl.item() == pytest.approx(math.exp(-near) - 1 + near)
+        assert logp.grad.item() == pytest.approx(1 - math.exp(-d) if near == d else 0)
 
 
 def test_expected_gradients_of_the_kl_estimators():

@@ -99,6 +99,17 @@ def test_intervals_are_resampled_by_session():
     assert intervals(graded[:10])["aa"] == [graded[0].r_s] * 2  # one session: no spread
 
 
+@pytest.mark.parametrize("turn_ids, named, sessions", [
+    ("t1 t2 t3", "a a b", "a b"), ("a_1 a_2 b_1", "x y y", "x y"),
+    ("a_1 a_b_2 a_b_3", "", "a a_b"), ("t1 t2 t3", "", "t1 t2 t3")])
+def test_the_sessions_of_rollouts(turn_ids, named, sessions):
+    """Where a file does not name them, what stands before the turn id's last "_", or each turn is its own."""
+    graded = [asked(1.0, turn_id=turn) for turn in turn_ids.split()]
+    for g, session in zip(graded, named.split()):
+        g.session_id = session
+    assert list(metrics.by_session(graded)[0]) == sessions.split()
+
+
 def test_intervals_agree_with_a_plain_loop():
     rng, sessions = random.Random(1), []
     for s in range(30):
@@ -173,8 +184,9 @@ def test_table_is_aligned_markdown():
     head, _, base, low, high, longer = (line.replace(" ", "") for line in lines)
     assert head.startswith("||WA|WA-GH|WC|WS|AA|FC|TR|")
     assert base.startswith("|base|0.750|0.500|0.750|") and longer.startswith("|alongername|-|")
-    ends = summary["intervals"]["wa"]
-    assert [row.split("|")[1:3] for row in (low, high)] == [
+    ends = summary["intervals"]["tr"]
+    assert ends[0] < summary["tr"] < ends[1]
+    assert [row.split("|")[1:9:7] for row in (low, high)] == [
         ["95%from", f"{ends[0]:.3f}"], ["95%to", f"{ends[1]:.3f}"]]
 
 

@@ -113,6 +113,24 @@ def test_config_of_older_transformers_means_the_same(broken, make_checkpoint, ki
     assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_logits_of_bfloat16_are_float32(tiny_checkpoint, device):
+    """Rounded, they would make more of what sampler and trainer differ in (here a bit of a hidden state)."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(490, 256, generator=g).bfloat16().to(device).split([90, 400])
+    exact = (x.double() @ weight.double().T).float()
+    torch.testing.assert_close(decoder.logits_of(x, weight), exact, rtol=0, atol=1e-3)
+    near = x.clone()
+    near.view(torch.int16)[:, 0] ^= 1
+
+    def gap(logits):
+        return torch.dist(*(logits(h, weight).float().log_softmax(-1) for h in (x, near)))
+
+    assert gap(decoder.logits_of) < 0.5 * gap(lambda x, weight: x @ weight.T)
+    sampler = packed_logits(decoder.load(tiny_checkpoint, device, torch.bfloat16), SEQS)[0]
+    assert not torch.equal(sampler, sampler.bfloat16().float())
+
+
 def test_bfloat16_stays_near_float32(tiny_checkpoint):
     exact = packed_logits(load(tiny_checkpoint), SEQS)[1]
     rough = packed_logits(load(tiny_checkpoint, torch.bfloat16), SEQS)[1]

@@ -18,7 +18,8 @@ from world import coughs_and_rashes, make_baseline, make_lexicon, read_lines, wr
 SMALL = make_lexicon(
     {name: dict(asks=[asks], values=dict(told=[told])) for name, asks, told in (
         ("phlegm", "phlegm", "some phlegm"), ("fever", "fever", "no fever"), ("itching", "itch", "it itches"),
-        ("colour", "colour", "red"), ("coffee", "coffee", "a cup"), ("allergies", "allergies", "pollen"))},
+        ("colour", "colour", "red"), ("coffee", "coffee", "a cup"), ("size", "size", "huge"),
+        ("Known_allergies", "allergies", "pollen"))},
     dict(cough=("cough", ["phlegm", "fever"]), rash=("rash", ["itching", "colour"]),
          insomnia=("sleep", ["coffee", "fever"])))
 
@@ -33,12 +34,12 @@ def small(tmp_path):
     return load(tmp_path, SMALL)
 
 
-def turn(name, said, expert, decision="continue", target=()):
+def turn(name, said, expert, decision="continue", target=(), known=()):
     """name: session_turn; said: a conversation from the user's first words on; target: said later."""
     said = enumerate(said.split(" | "))
     context = [dict(role=("user", "assistant")[i % 2], content=text) for i, text in said]
     return Turn(turn_id=name, session_id=name[0], goal="g", context=context, expert=expert,
-                target=list(target), decision=decision)
+                known=list(known), target=list(target), decision=decision)
 
 
 def rejected(made, name="A_2"):
@@ -46,7 +47,7 @@ def rejected(made, name="A_2"):
 
 
 COUGH = turn("A_2", "hello | Hi | a cough | Any fever? | no fever, but it itches", " Any phlegm?\n",
-             target=["Coffee : yes"])
+             known=["Size: as a pea"], target=["Coffee : yes"])
 COLOUR = "What colour is it?"
 RED = turn("E_1", "my rash", f" {COLOUR} ")
 OTHERS = {  # what may stand in the logs, and must not be held against COUGH
@@ -54,6 +55,7 @@ OTHERS = {  # what may stand in the logs, and must not be held against COUGH
     "one of two matters": turn("B_1", "my rash", f"{COLOUR} Any phlegm?"),
     "mentioned here": turn("B_1", "my rash", "Does it itch?"),
     "mentioned later": turn("B_1", "my rash", "Do you drink coffee?"),
+    "known, though not by the lexicon": turn("B_1", "my rash", "What size is it?"),
     "generic": turn("B_1", "my rash", "Any allergies?"),
     "the same session": turn("A_1", "my rash", COLOUR),
     "the same complaint": turn("B_1", "a bad cough", COLOUR),
@@ -80,7 +82,7 @@ def test_a_pair(small):
     stop = turn("F_1", "cannot sleep", "Take this.", "stop")
     (cough, red, end), left_out = pairs.build_pairs([COUGH, RED, stop], small, ["allergies"])
     row = COUGH.dump() | {"chosen": "Any phlegm?", "rejected": COLOUR, "rejected_from": "E_1"}
-    del row["expert"], row["target"]
+    del row["expert"], row["known"], row["target"]
     assert cough.dump() == row and list(cough.dump()) == list(row)
     assert (red.turn_id, red.chosen, red.rejected) == ("E_1", COLOUR, "Any phlegm?")
     assert (end.chosen, end.decision) == ("<stop />", "stop") and not left_out
@@ -95,7 +97,7 @@ def test_the_turns_left_out_are_counted(small):
 
 @pytest.mark.parametrize("generic, n", [("Allergies", 0), ("pregnancy", 1)])
 def test_generic_slots_are_named_as_hindsight_reads_them(small, generic, n):
-    """hindsight.generic is compared without regard to case and underscores there, so it must be here."""
+    """hindsight.generic is compared by words there, without regard to case, so it must be here."""
     assert len(rejected(pairs.build_pairs([COUGH, OTHERS["generic"]], small, [generic])[0])) == n
 
 
@@ -155,7 +157,7 @@ def test_the_script(call, refused, capsys, tmp_path, tiny_checkpoint):
     said = capsys.readouterr().out
     assert out.read_bytes() == good
     assert "1 no complaint recognised" in said and "10 pairs of 11 turns" in said and "rather than" in said
-    assert sorted(p.name for p in run.iterdir()) == ["pairs.jsonl", "pairs_made.json", "turns"]
+    assert sorted(p.name for p in run.iterdir()) == [".lock", "pairs.jsonl", "pairs_made.json", "turns"]
     assert "data.lexicon is not set" in refused(pairs, path, "seed=1", "data.lexicon=")
     write_lines(turns, coughs_and_rashes()[::2])  # nothing but coughs
     line = refused(pairs, path)
@@ -170,7 +172,7 @@ def test_pairs_belong_to_the_settings_they_were_made_with(refused, tmp_path, tin
         return pairs.same_made(config.load([str(path), *changed]))
 
     assert same_made() and same_made("train.lr=1")
-    for changed in ("seed=5", "hindsight.generic=[]", "data.lexicon=x", "llm.writer.model=m"):
+    for changed in ("seed=5", "hindsight.generic=[x]", "data.lexicon=x", "llm.writer.model=m"):
         assert not same_made(changed)
     (tmp_path / "run" / "pairs_made.json").unlink()  # made by hand
     assert same_made("seed=5")

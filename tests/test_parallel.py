@@ -7,7 +7,7 @@ import model as decoder
 import pack
 import parallel
 from rollout import Sampling, generate
-from world import equal, same, some_prompts, tokens_of, weights
+from world import REPO, equal, same, some_prompts, tokens_of, torchrun, weights
 
 PROMPTS = some_prompts()
 
@@ -50,6 +50,26 @@ def test_sampling_under_fsdp_reads_the_weights_of_the_moment(one_rank, make_chec
     assert not sharded.gathered and torch.is_grad_enabled()
     step_of_sgd(sharded, PROMPTS, seen[-1])  # training goes on after a rollout that failed
     assert seen[0] != seen[1] != tokens_of(rolled(sharded, samples=2))
+
+
+RANK = f"""
+import sys, time
+sys.path.insert(0, {str(REPO)!r})
+import parallel
+parallel.start()
+print("here", flush=True)
+time.sleep(40)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path):
+    """They would go on holding their GPUs, and rank 0 the run folder."""
+    (tmp_path / "rank.py").write_text(RANK)
+    process = torchrun(tmp_path / "rank.py")
+    assert [line for _, line in zip("ab", process.stdout)] == ["here\n"] * 2
+    process.kill()
+    process.communicate(timeout=15)  # until no rank has the other end of the pipe
 
 
 def test_master_weights_are_float32_and_computing_is_bfloat16(one_rank, tiny_checkpoint):

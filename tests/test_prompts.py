@@ -3,7 +3,7 @@ import pytest
 
 import config
 import prompts
-from records import InputError, Turn, write_json
+from records import InputError, Turn, file_hash, write_json
 from world import coughs, make_config, write_lines
 
 
@@ -30,11 +30,17 @@ def test_turns_belong_to_the_settings_they_were_made_with(tmp_path):
         prompts.load_turns(cfg, "eval")
     write_lines(folder / "eval.jsonl", coughs(3))
     assert prompts.load_turns(cfg, "eval") == turns()  # made by hand: no stamp
-    write_json(folder / "made.json", config.made_with(cfg, "turns"))
+    files = {"eval.jsonl": file_hash(folder / "eval.jsonl")}
+    write_json(folder / "made.json", config.made_with(cfg, "turns") | {"files": files})
     assert prompts.load_turns(cfg, "eval") == turns()
     other = make_config(run_dir=str(tmp_path), hindsight__stop_rule="last_turn")
     with pytest.raises(InputError, match="stop_rule='paper', this config has 'last_turn': run hindsight.py"):
         prompts.load_turns(other, "eval")
+    write_lines(folder / "eval.jsonl", coughs(2))
+    with pytest.raises(InputError, match="eval.jsonl is not as hindsight.py left it .* remove .*made.json"):
+        prompts.load_turns(cfg, "eval")
+    (folder / "made.json").unlink()
+    assert prompts.load_turns(cfg, "eval") == turns(2)
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

@@ -90,14 +90,15 @@ def test_configs_load(text, tmp_path):
 
 def test_the_worked_turn(tmp_path):
     """The rules grader of the toy says what the table says."""
-    context = re.search(r'one message: "(.*?)"', README)[1]
-    target = re.search(r"reveals I\\\*: (.*?)\. So", README, re.S)[1].replace("\n", " ").split(", ")
+    text = " ".join(README.split()).replace("`", "")
+    context = re.search(r'one message: "(.*?)"', text)[1]
+    target = re.search(r"reveals I\\\*: (.*?)\. So", text)[1].split(", ")
     cells = r"^\| (\w.+?) \| ([\d.]+) \| (\d) \| ([\d.]+) \| ([\d.]+) \| (.\d\.\d\d) "
     rows = re.findall(cells, README, re.M)
     (tmp_path / "lexicon.yaml").write_text(yaml.safe_dump(world.lexicon()))
     judge = grading.Judge(lexicon.load(tmp_path / "lexicon.yaml"), None, config.RewardConfig())
     turn = Turn(turn_id="192_1", session_id="192", context=[{"role": "user", "content": context}],
-                target=target, decision="continue")
+                known=[], target=target, decision="continue")
     graded = grading.grade(turn, [row[0] for row in rows], judge)
     found = [(g.response, *(f"{x:g}" for x in (g.r_a, g.r_s, g.omega, g.reward))) for g in graded]
     assert len(rows) == 5 and found == [row[:5] for row in rows]

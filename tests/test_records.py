@@ -12,7 +12,7 @@ from records import ExtractorAnchor, GraderAnchor, InputError, Pair, Reply, Sess
 from world import REPO
 
 SAID = [{"role": "user", "content": "Hi"}]
-TURN = dict(turn_id="a_1", session_id="a", context=SAID, target=[], decision="stop")
+TURN = dict(turn_id="a_1", session_id="a", context=SAID, known=[], target=[], decision="stop")
 SESSION = dict(session_id="a", messages=SAID)
 GOOD = {Turn: TURN, Session: SESSION, Pair: dict(turn_id="a_1", context=SAID, chosen="How?", rejected="Red?"),
         GraderAnchor: dict(turn=TURN, response="How?", score=0.5),

@@ -113,7 +113,7 @@ def response(turn_id, sample, text="How long?", reward=2.0):
 
 def turn(turn_id, decision="continue", **more):
     return {"turn_id": turn_id, "session_id": "s", "expert": "Since when?", "decision": decision,
-            "context": [{"role": "user", "content": f"words of {turn_id}"}],
+            "known": [], "context": [{"role": "user", "content": f"words of {turn_id}"}],
             "target": ["duration: two days"] if decision == "continue" else [], **more}
 
 
@@ -196,16 +196,11 @@ def test_runs_without_rewards_show_their_evaluations(tmp_path):
 
 def test_time_by_phase(tmp_path):
     grpo(tmp_path / "a")
-    grpo(tmp_path / "b", steps=20)
     one = figures(page(tmp_path / "a"))["Time By phase"]
     assert one.layout.barmode == "stack"
     assert [(t.name, len(t.x), sum(t.y)) for t in one.data] == [
         ("sampling", 40, 40), ("grading", 40, 20), ("training", 40, 80), ("evaluation", 2, 6)]
-    tree = page(tmp_path / "a", tmp_path / "b")
-    both = figures(tree)["Time By phase"]
-    assert both.layout.xaxis.ticktext == ["a", "b"]
-    assert [y * 60 for t in both.data for y in t.y] == pytest.approx([40, 20, 20, 10, 80, 40, 6, 3])
-    assert texts(tree, "figcaption")[-1] == "".join(report.PHASES.values())
+    assert texts(page(tmp_path / "a"), "figcaption")[-1] == "".join(report.PHASES.values())
 
 
 def test_runs_side_by_side(tmp_path):
@@ -219,7 +214,7 @@ def test_runs_side_by_side(tmp_path):
     assert (tmp_path / "report.html").is_file()
     charts, colours = figures(tree), {}
     for title, figure in charts.items():
-        for trace in figure.data if title != "Time By phase" else []:
+        for trace in figure.data:
             colours.setdefault(trace.name.split()[0], set()).add(trace.line.color)
     assert list(colours) == names[:3]
     smooth = charts["Reward R"].data[1::2]

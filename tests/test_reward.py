@@ -20,10 +20,11 @@ def lex(tmp_path_factory):
     return lexicon.load(path)
 
 
-def turn(*said, target=("duration: two days", "fever: no"), decision="continue", name="s_1"):
+def turn(*said, target=("duration: two days", "fever: no"), known=(), decision="continue", name="s_1"):
     context = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
     target = list(target) if decision == "continue" else []
-    return Turn(turn_id=name, session_id="s", target=target, decision=decision, context=context)
+    return Turn(turn_id=name, session_id="s", known=list(known), target=target, decision=decision,
+                context=context)
 
 
 def grade(turn, response, lex, **keys):
@@ -31,7 +32,7 @@ def grade(turn, response, lex, **keys):
 
 
 # sore throat: duration, fever and medicine belong to it; I* is duration and fever; medicine is known
-TURN = turn("My throat hurts", "Have you taken anything?", "aspirin")
+TURN = turn("My throat hurts", "Have you taken anything?", "aspirin", known=["medicine: aspirin"])
 ASK = "How long have you had it?"
 
 
@@ -76,24 +77,30 @@ def test_rules_grader(lex, r_a, omega, response):
     assert graded.reward == 1 + 2 * graded.r_a + graded.omega
 
 
-# R_a, what was said, the response, and what stands in I* (else duration and fever)
+# R_a, what was said, the response, what stands in I* (else duration and fever), what is known, many-valued
 ASKED = """
 0.5 | My throat hurts | Have you taken any medicine?   # relevant, but not wanted
 0.0 | My throat hurts | Do you smoke?
 0.5 | Hello / How can I help? / My throat hurts | Any medicine so far?
 0.5 | I feel bad | Do you smoke?               # no complaint named: all may matter
-0.0 | My throat hurts, no fever | Do you have a fever? | duration: two days
-0.0 | My throat hurts / Do you have a fever? / no | Do you have a fever? | duration: two days
+0.0 | My throat hurts, no fever | Do you have a fever? | duration: two days | fever: no
+0.0 | My throat hurts, 38.9 | Do you have a fever? | duration: two days | Fever : 38.9    # not by the lexicon
+0.5 | My throat hurts, no fever | Do you have a fever? | duration: two days | itch: no
+0.0 | My throat hurts | Any medicine? | fever: no | medicine: aspirin | duration
+0.5 | My throat hurts | Any medicine? | fever: no | medicine: aspirin | duration | Medicine
+1.0 | My throat hurts | Any medicine? | medicine: none | medicine: aspirin | medicine
+0.0 | My throat hurts | Do you smoke? | fever: no | smoking: yes | smoking      # not this complaint's
 1.0 | My throat hurts | Do you have a fever? | Fever : high                     # slots are normalised
-0.5 | My throat hurts / Have you taken anything? / aspirin | Do you smoke? Any medicine? | smoking: yes
+0.5 | My throat hurts / Taken anything? / aspirin | Do you smoke? Any medicine? | smoking: yes | medicine: a
 """
 
 
 @pytest.mark.parametrize("case", ASKED.strip().splitlines())
 def test_what_is_wanted_relevant_or_known(lex, case):
-    r_a, said, response, *target = map(str.strip, case.partition("#")[0].split("|"))
-    at = turn(*said.split(" / "), target=target or TURN.target)
-    assert reward.r_a_rules(at, response, lex) == float(r_a)
+    r_a, said, response, *more = map(str.strip, case.partition("#")[0].split("|"))
+    at = turn(*said.split(" / "), target=more[:1] or TURN.target, known=more[1:2])
+    judge = grading.Judge(lex, None, config.RewardConfig(), more[2:])
+    assert grading.grade_one(at, response, judge).r_a == float(r_a)
 
 
 # s*, what the response decides, R_a, Omega, R
@@ -116,8 +123,9 @@ def test_outcomes(lex, case):
     response = response.replace(r"\n", "\n")
     graded = grade(turn("My throat hurts", decision=truth), response, lex)
     assert graded.dump() == {
-        "turn_id": "s_1", "sample": 0, "response": response, "truth": truth, "decision": decided,
-        "r_a": float(r_a), "r_s": float(truth == decided), "omega": float(omega), "reward": float(total)}
+        "turn_id": "s_1", "session_id": "s", "sample": 0, "response": response, "truth": truth,
+        "decision": decided, "r_a": float(r_a), "r_s": float(truth == decided),
+        "omega": float(omega), "reward": float(total)}
 
 
 def test_omega_on_a_wrong_decision_where_it_is_scored(lex):
@@ -129,7 +137,9 @@ def test_omega_on_a_wrong_decision_where_it_is_scored(lex):
 
 @pytest.mark.parametrize("response, n", [
     ("Tell me.", 0), ("How?", 1), ("How??", 1), ("How?!", 1), ("How? ?", 1), ("How!? Why؟", 0.5),
-    ("多久？发烧？", 0.5), ("A⁇ B‽ C❓", 0.0), ("How is it (really?)", 1)])
+    ("多久？发烧？", 0.5), ("A⁇ B‽ C❓", 0.0), ("How is it (really?)", 1),
+    ("Πόσο καιρό; Πόσο;", 0.5), ("Rest; wait.", 0), ("See https://a.org/?id=1&b?c, or www.a.org/?d", 0),
+    ("Is it as on www.a.org/b?c=1?", 1)])
 def test_omega_counts_questions_of_any_script(response, n):
     assert reward.omega_rule(response, "continue") == n
 
@@ -139,7 +149,8 @@ def test_omega_counts_questions_of_any_script(response, n):
     ("no_rs", 2 * 0.5 + 0.5)])
 def test_modes(mode, wanted):
     assert reward.fuse(0.5, 1.0, 0.5, mode, 2.0) == wanted
-    assert reward.fuse(None, 1.0, 0.5, mode, 2.0) is None and reward.fuse(0.5, 1.0, None, mode, 2.0) is None
+    assert reward.fuse(None, 1.0, 0.5, mode, 2.0) == (wanted if mode == "no_ra" else None)
+    assert reward.fuse(0.5, 1.0, None, mode, 2.0) is None
 
 
 def test_range_and_beta():
@@ -164,7 +175,7 @@ def test_sum_is_product_with_beta_one(lex, wrong):
 
 def test_a_group_keeps_its_order_and_identical_responses_are_graded_once(lex, monkeypatch):
     calls, rules = [], reward.r_a_rules
-    monkeypatch.setattr(reward, "r_a_rules", lambda t, r, x: calls.append((t.turn_id, r)) or rules(t, r, x))
+    monkeypatch.setattr(reward, "r_a_rules", lambda t, r, *x: calls.append((t.turn_id, r)) or rules(t, r, *x))
     judge, other = grading.Judge(lex, None, config.RewardConfig()), "Do you smoke?"
     said = {"a": [ASK, other, ASK, STOP], "b": [ASK] * 2, "c": [STOP, ASK]}
     rewards = {"a": [4.0, 2.0, 4.0, 0.0], "b": [4.0, 4.0], "c": [4.0, 0.0]}

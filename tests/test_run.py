@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import checkpoint
 import config
 import grading
+import parallel
 import run as running
 import train_dpo
 import train_grpo
@@ -116,7 +117,7 @@ def test_what_turns_and_prompts_are_trained_on(tmp_path, tiny_checkpoint, tiny_t
 KEYS = {"step", "epoch", "lr", "loss", "trained_tokens", "grad_norm", "finite", "train_s"}
 OWN_KEYS = {"sft": "entropy", "dpo": "chosen_reward rejected_reward margin accuracy chosen_logp",
             "grpo": "reward wa wa_gh wc ws aa fc tr wa_all n failed top_share distinct length cut_off ratio "
-                    "clip_share entropy gap_mean gap_max skipped_groups rollout_s grade_s"}
+                    "clip_share entropy gap_mean gap_max skipped_groups trained_share logp rollout_s grade_s"}
 
 
 @pytest.fixture
@@ -253,7 +254,7 @@ def poison(monkeypatch, steps):
     calls = []
 
     def loss(*args):
-        calls.append(0)
+        calls.extend([0] * args[0].requires_grad)  # it is also called to learn which figures it returns
         value, figures = train_grpo.grpo_loss(*args)
         return (value * math.nan if len(calls) in steps else value), figures
 
@@ -262,18 +263,31 @@ def poison(monkeypatch, steps):
 
 def test_bad_steps_are_counted_and_five_end_the_run(train, refused, monkeypatch, tmp_path, marks_checkpoint):
     path = make_world(tmp_path, marks_checkpoint, train__steps=10, train__lr=1e-2, train__entropy_coef=0.01,
-                      train__tokens_per_microbatch=10_000)
+                      train__tokens_per_microbatch=10_000, train__keep_checkpoints=9)
     poison(monkeypatch, [2, 3, 4, 5, 7])  # four in a row are forgiven
     lines = train(train_grpo, path)
     assert [m["step"] for m in lines if not m["finite"]] == [2, 3, 4, 5, 7] and len(lines) == 10
     assert all(m["grad_norm"] is None and m["loss"] is None for m in lines if not m["finite"])
-    state = read_json(tmp_path / "run" / "checkpoints" / "step_000010" / "state.json")
+    saved = checkpoint.all_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in saved] == ["step_000006", "step_000008", "step_000010"]
+    state = read_json(saved[-1] / "state.json")
     assert state["bad_steps"] == 0 and state["updates"] == 5
     (tmp_path / "run" / "export").rename(tmp_path / "export")
     poison(monkeypatch, range(2, 9))
     line = refused(train_grpo, path, "train.steps=20")
     assert "5 steps in a row" in line and "step 16" in line
     assert len(metrics(path)) == 16 and not (tmp_path / "run" / "export").exists()
+    assert checkpoint.all_checkpoints(tmp_path / "run" / "checkpoints") == saved  # to go on from
+
+
+@pytest.mark.parametrize("gaps", [(math.nan, 0.0), (0.0, math.nan)])
+def test_a_gap_that_is_not_a_number_on_one_rank_is_none_at_all(monkeypatch, gaps):
+    """0.0 would say that sampler and trainer agree. (A NaN is logged as null, see above.)"""
+    monkeypatch.setattr(parallel, "all_gather_numbers", lambda _: [[0.0, gap, 1.0] for gap in gaps])
+    model, zero = torch.nn.Linear(1, 1), torch.zeros(())
+    out = running.optimizer_step(model, torch.optim.SGD(model.parameters()), 1.0,
+                                 {"loss": zero, "gap_max": zero}, ["gap_max"])
+    assert math.isnan(out["gap_max"])
 
 
 # ----------------------------------------------------------------------------------------- two ranks, kill -9

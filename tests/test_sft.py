@@ -115,7 +115,7 @@ def golden_turns():
     for i, (said, expert, decision, *_) in enumerate(CASES):
         context = [dict(role=("user", "assistant")[j % 2], content=text) for j, text in enumerate(said)]
         turns.append(Turn(turn_id=f"{i}_1", session_id=str(i), goal="g", context=context, expert=expert,
-                          target=[], decision=decision))
+                          known=[], target=[], decision=decision))
     return turns
 
 

@@ -108,7 +108,7 @@ TWO_COMPLAINTS = make_lexicon({name: dict(asks=[asks], yes_no="true") for name, 
 def coughs(n):
     """n turns, all coughs; every third is a stop."""
     return [dict(turn_id=f"{i}_0", session_id=str(i), goal="g", expert="How long?",
-                 context=[dict(role="user", content="cough " * (1 + i % 4))],
+                 context=[dict(role="user", content="cough " * (1 + i % 4))], known=[],
                  target=["duration: two"] if i % 3 else [], decision="continue" if i % 3 else "stop")
             for i in range(n)]
 
@@ -119,7 +119,7 @@ def coughs_and_rashes(n=10):
     for i in range(n):
         word, expert, fact = kinds[i % 2]
         rows.append(dict(turn_id=f"{i}_1", session_id=str(i), goal="g", expert=expert + "!" * (i % 3 == 2),
-                         context=[dict(role="user", content=word * (1 + i % 4))],
+                         context=[dict(role="user", content=word * (1 + i % 4))], known=[],
                          target=[fact] if i % 3 else [], decision="continue" if i % 3 else "stop"))
     return rows
 
