@@ -382,8 +382,8 @@ class Tally:
         if not self.turns:
             raise InputError(f"{self.path} gave no turns, so nothing was written (see above)")
         if not self.revealed:
-            raise InputError(f"{self.path}: no user reveals anything, so each turn would be a stop: look at what "
-                             f"hindsight.source={how.source} reads (learned, data.lexicon, llm.extractor)")
+            raise InputError(f"{self.path}: no user reveals anything, so each turn would be a stop: see what "
+                             f"hindsight.source={how.source} reads (learned, lexicon, extractor)")
 
 
 def usable(rows, tally, not_in, extractor):
