@@ -100,7 +100,7 @@ def read_state(path):
     wrong += [name for name in mine
               if not (path / name).is_file() or file_hash(path / name) != state["hashes"][name]]
     for name in sum(parallel.all_gather(wrong), []):
-        raise InputError(f"{path / name} is not as it was saved: remove {path} to go on from the one before")
+        raise InputError(f"{path / name} is not as this version saved it: remove {path} to use another")
     return state
 
 

@@ -66,7 +66,7 @@ class ModelConfig(Exact):
 
 
 class DataConfig(Exact):
-    logs: str = key("", "training conversations, JSONL", "turns training")
+    logs: str = key("", "training conversations, JSONL", "turns pairs training")
     eval_logs: str = key("", "held-out conversations, JSONL", "turns training")
     valid_sessions: NonNegativeInt = key(
         0, "sessions set aside from the training logs for evaluation during training (0: evaluation during "
@@ -85,22 +85,22 @@ class DataConfig(Exact):
 class HindsightConfig(Exact):
     source: Literal["llm", "rules", "annotations"] = key(
         "rules", "where I* comes from: a language model (llm.extractor), the lexicon, or the logs' own "
-                 "'learned' fields", "turns training")
+                 "'learned' fields", "turns pairs training")
     stop_rule: Literal["paper", "last_turn"] = key(
         "paper", "paper: stop where I* is empty or at the last point; last_turn: stop only at the last "
-                 "point, a continue with an empty I* is dropped", "turns training")
+                 "point, a continue with an empty I* is dropped", "turns pairs training")
     user_end: Literal["stop", "drop"] = key(
         "stop", "a session that ends on a user utterance: its last point is a stop, or is dropped",
-        "turns training")
+        "turns pairs training")
     generic: list[str] = key(
         [], "slots left out of I* because any context admits them (\"allergies\" means drug allergies too)",
         "turns pairs training scores")
     many_valued: list[str] = key(
         [], "slots of which a further value is news, as of symptom; of all others it is a correction, which "
-            "is nothing to ask for", "turns training scores")
+            "is nothing to ask for", "turns pairs training scores")
     end_markers: list[str] = key(
         ["<med_search>", STOP], "an expert's message that is nothing but one of these ends the session",
-        "turns training scores")
+        "turns pairs training scores")
     max_failed: Share = key(
         0.2, "llm: share of sessions without a usable extraction above which nothing is written", "")
     self_check: PositiveInt = key(
@@ -130,7 +130,8 @@ class RoleConfig(Exact):
 class LLMConfig(Exact):
     cache: str = key("", "file of the replies so far, which runs may share; empty: run_dir/llm_cache.sqlite",
                      "")
-    extractor: RoleConfig = key(RoleConfig(), "finds I* where hindsight.source=llm", "turns training scores")
+    extractor: RoleConfig = key(RoleConfig(), "finds I* where hindsight.source=llm",
+                                "turns pairs training scores")
     grader: RoleConfig = key(RoleConfig(), "gives R_a where reward.grader=llm", "training scores")
     writer: RoleConfig = key(RoleConfig(), "writes DPO's rejected responses and Auto-Prompt's variants",
                              "pairs training")

@@ -75,17 +75,13 @@ def model_of(cfg):
     return decoder.resolve(cfg.model.path)
 
 
-def world_of(graded):
-    """A hash of the turns that these rollouts answer."""
-    return hashlib.sha256(repr(sorted({(g.turn_id, g.truth) for g in graded})).encode()).hexdigest()[:8]
-
-
 def evaluate_run(cfg):
     """Evaluate a config's model, sampled and greedy (collective). Rank 0 prints a table and writes files."""
     config.need(cfg, "model.path")
     rank, _, device = parallel.start()
     if rank == 0:
         lock(cfg.run_path)
+    checkpoint.open_run(cfg, 1)  # as a rank that saves nothing: was the run trained with this config?
     run, folder = cfg.run_path, model_of(cfg)
     judge = grading.open_judge(cfg)
     prompts = encode_prompts(load_tokenizer(folder), load_prompt(cfg.data.prompt),
@@ -95,6 +91,7 @@ def evaluate_run(cfg):
     graded = {}
     for how in DECODINGS:
         graded[how] = evaluate(policy, judge, prompts, cfg, how == "greedy", f"{folder} {how}")
+    world = hashlib.sha256(repr([prompt.turn for prompt in prompts]).encode()).hexdigest()[:8]
     if rank == 0:
         name = f"temperature {cfg.eval.temperature:g}"
         if cfg.eval.top_p < 1:
@@ -106,7 +103,7 @@ def evaluate_run(cfg):
         log = run / "metrics.jsonl"
         steps = max((line["step"] for _, line in read_jsonl(log)), default=0) if log.is_file() else 0
         write_json(run / "eval.json", {**sampled, "model": str(folder), "decoding": name, "steps": steps,
-                                       "samples": cfg.eval.samples, "turns": world_of(graded["sampled"]),
+                                       "samples": cfg.eval.samples, "turns": world,
                                        "config": config.flatten(cfg), "greedy": greedy})
         page = report.write([run])
         print(f"wrote {run / 'eval.json'}, {page}; beside them {', '.join(DECODINGS.values())}")
@@ -141,7 +138,7 @@ ORDERINGS = ("grpo sft tr", "sft base tr", "grpo base tr", "base dpo tr", "cispo
 
 
 # How a run was evaluated: what a table says aloud where it is not alike.
-HOW = "decoding samples steps turns".split()
+HOW = "decoding samples steps turns reward.grader reward.wording reward.omega data.prompt".split()
 
 
 def in_world(graded, world):
@@ -164,7 +161,7 @@ def read_rows(runs):
     sampled and greedy are lists of Rollout; made is the config, how says how each run was evaluated.
     """
     rows = {}
-    for run in map(Path, runs):
+    for run in map(Path, dict.fromkeys(runs)):
         for name in ("eval.json", *DECODINGS.values()):
             if not (run / name).is_file():
                 raise InputError(f"{run / name} does not exist: run eval.py with that run's config first")
@@ -178,7 +175,7 @@ def read_rows(runs):
                 raise InputError(f"{row['runs'][0]} and {run} have one name but differ in {name} ({value}, "
                                  f"{made.get(name)}): only seeds of one row are pooled; rename a folder")
         row["runs"].append(str(run))
-        row["how"].append({name: found[name] for name in HOW})
+        row["how"].append({name: (found | made)[name] for name in HOW})
         row["sampled"] += sampled
         row["greedy"] += greedy
         row["tr_by_run"].append(metrics(sampled)["tr"])
@@ -189,7 +186,7 @@ def unequal(rows):
     """Yield a line for each condition that differs between rows, or between the seeds of one (but for turns:
     each seed may have a world of its own)."""
     for name in HOW:
-        values = {row: tuple(dict.fromkeys(str(how[name]) for how in found["how"]))
+        values = {row: tuple(sorted({str(how[name]) for how in found["how"]}))
                   for row, found in rows.items()}
         *_, last = values.values()
         if len(set(values.values())) > 1 or name != "turns" and len(last) > 1:

@@ -120,7 +120,7 @@ def annotated(message):
     """The "slot: value" items that a user's message reveals by its own annotation."""
     if message.role != "user" or not message.learned:
         return []
-    return [f"{slot}: {text}" for slot, value in message.learned.items()
+    return [f"{slot.replace(':', ' ')}: {text}" for slot, value in message.learned.items()
             if value is not None and (text := value_text(value))]
 
 
@@ -382,7 +382,7 @@ class Tally:
         if not self.turns:
             raise InputError(f"{self.path} gave no turns, so nothing was written (see above)")
         if not self.revealed:
-            raise InputError(f"{self.path}: no user reveals anything, so each turn would be a stop: see what "
+            raise InputError(f"{self.path}: no user reveals anything, so all turns would be stops: see what "
                              f"hindsight.source={how.source} reads (learned, lexicon, extractor)")
 
 
@@ -477,12 +477,13 @@ def main(argv=None):
             raise InputError(f"data.valid_sessions={cfg.data.valid_sessions} leaves no session of "
                              f"{cfg.data.logs} to train on; lower it")
         write_json(folder / "made.json", {"files": {}})  # until the end the files do not belong together
+        for path in folder.glob("*.jsonl"):
+            path.unlink()
         split(aside / "train", folder, valid)
+        if not valid:
+            (folder / "valid.jsonl").unlink()
         if cfg.data.eval_logs:
             (aside / "eval").replace(folder / "eval.jsonl")
-    for name, there in (("valid", valid), ("eval", cfg.data.eval_logs), ("self_check", False)):
-        if not there:  # what an earlier run with other settings left would mix with this one's
-            (folder / f"{name}.jsonl").unlink(missing_ok=True)
     files = {}
     for path in sorted(folder.glob("*.jsonl")):
         of = Counter(turn["session_id"] for _, turn in read_jsonl(path))

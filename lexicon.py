@@ -199,18 +199,18 @@ def questions(text):
 
 
 _COURTESY = re.compile(  # a whole sentence
-    r"(?:(?:is there|do you (?:have|need)|can i (?:do|get)) )?(?:any|some)thing (?:else|more|i can)\b[^,]*"
+    r"(?:[\w']+,? )?(?:(?:is there|do you (?:have|need)|would you like|can i (?:do|get)) )?(?:any|some)thing "
+    r"(?:(?:else|more)(?: (?:that )?(?:i|we|you)\b[^,]*)?|(?:that )?(?:i|we) can\b[^,]*)"
     r"|(?:do you have )?any (?:other|more|further) questions?\b[^,]*|(?:can|may) i help you\b[^,]*"
-    r"|(?:is that |that's )?(?:ok|okay|all ?right|clear)"
-    r"|[您你]?还有(?:什么|其[他它]|别的)?(?:的|问题|疑问|需要)*[吗么]?|(?:好|可以|明白|清楚)了?[吗么]",
-    re.I)
+    r"|(?:is that |that's )?(?:ok|okay|all ?right|clear)|这?样?(?:好|可以|明白|清楚)了?[吗么]"
+    r"|(?:请问)?[您你]?还有(?:什么|其[他它]|别的)?(?:的|问题|疑问|需要)*[吗么]?", re.I)
 
 
 def expects_answer(text):
     """Does a text ask for something, courtesies apart?
 
-    >>> [expects_answer(t) for t in ("Anything else? Take care!", "Anything else, a fever?", "还有发烧吗？")]
-    [False, True, True]
+    >>> [expects_answer(t) for t in ("Anything else? Take care!", "How long? OK? Please reply.")]
+    [False, True]
     """
     return any(is_question and not _COURTESY.fullmatch(sentence) for sentence, is_question in sentences(text))
 

@@ -216,10 +216,12 @@ def load(run, size, sources):
     if found:
         state = checkpoint.load(found[-1], model, run.optimizer)
         run.step = run.synced = state["step"]
-        run.bad = state["bad_steps"]
         if state["inputs"] != run.inputs:
             raise InputError(f"what is trained on ({', '.join(map(str, sources))}) has changed since "
                              f"{found[-1]} was written: bring it back, or start in a new run_dir")
+        if run.step > run.total:
+            raise InputError(f"{found[-1]} is beyond the {run.total} steps of this config (train.steps or "
+                             "train.epochs): raise them, or start in a new run_dir")
     else:
         checkpoint.fresh_moments(model, run.optimizer)
     run.log = checkpoint.Log(run.cfg, run.step, run.total, run.rank)
@@ -289,7 +291,7 @@ def end_step(run, record, boundary=True):
             save(run)
             raise
     run.log.write(record)
-    if run.bad == MAX_BAD_STEPS:
+    if run.bad == MAX_BAD_STEPS or run.bad and run.step == run.total:
         raise InputError(f"{run.bad} steps in a row had no finite loss or gradient (last: step {run.step}): "
                          "lower train.lr and start in a new run_dir (with turns/, and checkpoints/ to go on)")
     if boundary:
@@ -303,7 +305,7 @@ def save(run):
     if run.bad:
         return
     checkpoint.save(run.dir / "checkpoints", run.step, run.model, run.optimizer,
-                    {"bad_steps": run.bad, "inputs": run.inputs}, run.cfg.train.keep_checkpoints)
+                    {"inputs": run.inputs}, run.cfg.train.keep_checkpoints)
 
 
 def check_failed(run, groups):

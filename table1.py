@@ -22,7 +22,7 @@ import model as decoder
 import report
 from pairs import same_made
 from prompts import PROMPTS
-from records import InputError, cli, identity, lock, read_json, write_json
+from records import LOCKS, InputError, cli, identity, lock, read_json, write_json
 from run import script_of
 
 FILES = "data.logs data.eval_logs data.lexicon data.prompt data.prompt_no_stop".split()
@@ -41,12 +41,6 @@ def inputs_of(cfg, path):
             raise InputError(f"{path}: {name}={file} does not exist")
     files["model.path"] = decoder.resolve(cfg.model.path)
     return {name: identity(file) for name, file in files.items()}
-
-
-def changed(cfg, want, have):
-    """-> names of the config keys and files on which a row's training depends and that have changed."""
-    return config.changed(cfg, "training", have["config"]) + [
-        name for name, mark in want["inputs"].items() if have["inputs"].get(name, mark) != mark]
 
 
 def move_aside(run):
@@ -72,15 +66,18 @@ def run_row(path, overrides, nproc):
     """Bring one row to its end; a finished one is left as it is. -> its run folder."""
     cfg = config.load([path, *overrides])
     run = cfg.run_path
-    lock(run, ".row.lock")  # the row's scripts each take the other one
+    lock(run.parent, f".{run.name}.lock")  # the row's scripts each take their own, in the run folder
     stamp = run / "row.json"
     want = {"config": config.flatten(cfg), "inputs": inputs_of(cfg, path), "finished": True}
     have = read_json(stamp) if stamp.is_file() else {"config": {}, "inputs": {}}
     if have == want:
         print(f"=== {run}: finished before, not run again")
         return run
-    names = (run / "metrics.jsonl").is_file() and changed(cfg, want, have)
-    if names:
+    names = config.changed(cfg, "training", have["config"]) + [
+        name for name, mark in want["inputs"].items() if have["inputs"].get(name, mark) != mark]
+    if names and (run / "metrics.jsonl").is_file():
+        lock(run)  # a trainer may have outlived its table1.py
+        LOCKS.pop(run / ".lock").close()
         print(f"=== {run}: {', '.join(names)} changed; what was there is now {move_aside(run)}")
     write_json(stamp, {**want, "finished": False})
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]

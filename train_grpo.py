@@ -169,19 +169,19 @@ def batch_loss(logp, entropy, batch, ref, step, cfg):
 
 def figures_of_loss(t):
     """Names of the figures that a loss returns: ranks without responses must know them too."""
-    one = torch.zeros(1)
-    return list(LOSSES[t.loss](one, one, one, one.long(), t)[1])
+    two = torch.zeros(2)
+    return list(LOSSES[t.loss](two, two, two, two.long(), t)[1])
 
 
 def train_step(model, optimizer, step, cfg, reference=None):
     """One optimizer step on this rank's micro-batches -> {name: number}.
 
     Means are over the tokens of all ranks that are trained on: those of skipped groups (trained_share tells
-    how many) are in none. gspo: outside is the share that its clip would reach by the sampler's log-probs.
+    how many) are in none. gspo: outside is the share outside its clip by the sampler's log-probs.
     """
     t, temperature = cfg.train, cfg.rollout.temperature
-    means = [*figures_of_loss(t), "entropy", "gap_mean"] + ["kl"] * (reference is not None)
-    means += ["outside"] * (t.loss == "gspo")
+    means = ([*figures_of_loss(t), "entropy", "gap_mean"] + ["kl"] * (reference is not None)
+             + ["outside"] * (t.loss == "gspo"))
     sums = running.zeros(model, ["loss", *means, "trained_tokens", "gap_max"])
     optimizer.zero_grad()
     for batch in step.batches:
@@ -277,7 +277,7 @@ def main():
             trained = train_step(run.model, run.optimizer, step, cfg, reference)
             if i:  # only before the first step after a rollout do sampler and trainer have the same weights
                 trained |= {"gap_mean": None, "gap_max": None}
-            record = {**sampled, **trained, "skipped_groups": step.skipped, **phase}
+            record = {**trained, **sampled, "skipped_groups": step.skipped, **phase}
             running.end_step(run, record, boundary=i == steps - 1)
     running.finish(run)
 

@@ -2,13 +2,14 @@
 
 "And how many bedrooms shouldixople?" holds a cue for the bedrooms and ends in a question mark, so a lexicon's
 rules would pay for it. The model knows which words experts say in a row and where they stop. A question that
-no expert has put in these words is garbled if it holds a word that nobody in the logs has said, or if its
-words on the mean, or its end, are less likely than in 98% of the experts' questions.
+no expert has put in these words is garbled, its lead-in ("Well, ") aside, if it holds a word that nobody in
+the logs has said, or if its words on the mean, or its end, are less likely than in 98% of the experts'
+questions.
 
-What it costs: of questions by experts whose sessions it never saw, less than 1% are taken for garbled; but of
-wordings that no expert has used, 26% in the toy and 95% in a corpus with 93 wordings. So a policy is held to
-the experts' way of asking. `reward.wording: false` lets it find words of its own. Nobody can tell that a
-question broken off at a good place ("Is it worse?") was meant to go on.
+What it costs: of questions by experts whose sessions it never saw, 0.3% are taken for garbled in the toy, up
+to 2% where logs are small; but of wordings that no expert has used, 26% in the toy and 95% in a corpus with
+93 wordings. So a policy is held to the experts' way of asking. `reward.wording: false` lets it find words of
+its own. Nobody can tell that a question broken off at a good place ("Is it worse?") was meant to go on.
 """
 import math
 import re
@@ -70,7 +71,7 @@ def learn(texts, heard=()):
 
     None where the experts ask too little to learn from.
     """
-    asked = sum(map(questions_in, texts), [])
+    asked = [question for text in texts for question in questions_in(text)]
     if len(asked) < FEWEST:
         return None
     vocabulary = set().union(*map(split, (*texts, *heard)))

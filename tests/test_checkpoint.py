@@ -85,6 +85,6 @@ def test_a_checkpoint_that_has_changed_is_refused(one_rank, folders64, tmp_path,
     file.unlink()
     if spoil:
         file.write_bytes(spoil(data))
-    said = f"{file} is not as it was saved: remove {file.parent} to go on from the one before"
+    said = f"{file} is not as this version saved it: remove {file.parent} to use another"
     with pytest.raises(InputError, match=f"^{said}$"):
         checkpoint.load(file.parent, *state)

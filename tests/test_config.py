@@ -256,7 +256,8 @@ def role(name):
 TURNS = set("seed data.logs data.eval_logs data.valid_sessions data.goal data.lexicon hindsight.source "
             "hindsight.stop_rule hindsight.user_end hindsight.generic hindsight.many_valued "
             "hindsight.end_markers".split())
-PAIRS = {"seed", "data.lexicon", "hindsight.generic"}
+PAIRS = set("seed data.logs data.lexicon hindsight.source hindsight.stop_rule hindsight.user_end "
+            "hindsight.generic hindsight.many_valued hindsight.end_markers".split())
 REFERENCE = {"model.dtype", "rollout.max_prompt_tokens", "rollout.max_new_tokens"}
 SCORES = set("seed model.path model.dtype data.goal data.lexicon data.long_prompts hindsight.generic "
              "hindsight.many_valued hindsight.end_markers "

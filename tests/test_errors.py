@@ -186,7 +186,7 @@ def test_a_training_that_cannot_be(refused, tmp_path, tiny_checkpoint, case):
 @pytest.mark.parametrize("lock, place, others", [
     (".lock", "train_grpo.running.checkpoint.open_run",
      [train_grpo, hindsight, pairs, evaluation, autoprompt]),
-    (".row.lock", "table1.subprocess.run", [table1])])
+    ("../.run.lock", "table1.subprocess.run", [table1])])
 def test_a_run_folder_has_one_process_at_a_time(refused, tmp_path, tiny_checkpoint, lock, place, others):
     """The first is held at some place on its way. The second is told who that is, until it ends."""
     path, run = make_world(tmp_path, tiny_checkpoint, data__logs="logs.jsonl"), tmp_path / "run"
@@ -198,7 +198,8 @@ def test_a_run_folder_has_one_process_at_a_time(refused, tmp_path, tiny_checkpoi
             time.sleep(0.05)
         for other in others:
             line = refused(other, path, "train.lr=0.5", *["type=grader"] * (other == autoprompt))
-            check(line, f"{run} is in use by process {process.pid} ( ... {path}): wait until it ends")
+            where = (run / lock).resolve().parent
+            check(line, f"{where} is in use by process {process.pid} ( ... {path}): wait until it ends")
         process.kill()
     assert not (run / "config.yaml").exists()
     records.lock(run, lock)

@@ -377,8 +377,9 @@ def test_what_is_logged_of_the_rollouts(train, monkeypatch, tmp_path, marks_chec
                 logps += sum(r.logprobs)
                 rewards += g.r_s * (1 + 2 * g.r_a) + g.omega
                 cut_off += r.tokens[-1] != 258
-        want = [rewards / 16, logps / tokens, cut_off / 16]
-        assert [line[k] for k in ("reward", "logp", "cut_off")] == pytest.approx(want)
+        want = [rewards / 16, logps / tokens, cut_off / 16, tokens / 16]
+        assert [line[k] for k in ("reward", "logp", "cut_off", "length")] == pytest.approx(want)
+        assert "kl" not in line  # no reference, no figure
     assert len({line["cut_off"] for line in lines}) > 1, "every response was cut off"
 
 

@@ -30,6 +30,7 @@ def lex(load):
     ("HOW LONG HAVE YOU HAD IT?", "duration"),
     ("Do you have a fever, and since when?", "fever duration"),
     ("Do you cough? Have you taken any medicine?", "cough medicine"),
+    ("Any fever or cough?", "fever cough"),
     ("Okay. And how long have you had it?", "duration"),
     ("I'm really sorry to hear that, do you have a fever?", "fever"),
     ("Is there a fever؟", "fever"),
@@ -182,3 +183,13 @@ def test_long_texts_take_no_time(lex, unit):
     lexicon.questions(text)
     lexicon.revealed("Any fever?", text, lex)
     assert time.perf_counter() - start < 3
+
+
+def test_the_longest_match_stays():
+    """Though another starts before it, and whatever lies free beside it."""
+    patterns = [(text, re.compile(text)) for text in ("low back", "back pain now", "pain")]
+    assert lexicon.find("low back pain now, pain", patterns) == [(4, 17, "back pain now"), (19, 23, "pain")]
+
+
+def test_an_experts_careless_question_gives_a_no_its_meaning(lex):
+    assert lexicon.revealed("And the fever and the fever?", "no", lex) == {"fever": "no"}

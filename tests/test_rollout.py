@@ -551,3 +551,8 @@ def test_cuda_pick_never_draws_the_impossible():
     for u in (0.0, 0.3, 0.99, 1 - 2 ** -24):
         for top_p in (1.0, 0.9):
             assert pick(logits, torch.full((64,), u, device="cuda"), 1.0, top_p)[1].isfinite().all()
+
+
+def test_a_prefill_pass_takes_prompts_up_to_its_size():
+    waiting, free = [(2, [0] * 3), (1, [0] * 2), (0, [0] * 4)], [5, 6, 7]
+    assert [i for _, i, _ in rollout.next_chunk(waiting, free, 6)] == [0, 1] and free == [7]

@@ -23,7 +23,7 @@ def test_presets_never_look_at_test_sessions_and_name_their_generic_slots(path):
     """During training they are evaluated on sessions of their own. DAPO and Dr.GRPO have no entropy bonus."""
     cfg = config.load([str(path)])
     assert cfg.train.eval_every and cfg.data.valid_sessions > 0
-    assert set(cfg.hindsight.generic) == {"pregnancy", "allergies"}
+    assert {"pregnancy", "allergies"} <= set(cfg.hindsight.generic)
     assert path.stem not in ("dapo", "dr_grpo") or cfg.train.entropy_coef == 0
 
 

@@ -1,4 +1,5 @@
 """wording.py: which questions are garbled, and what the rules grader pays for them."""
+import math
 import random
 
 import pytest
@@ -10,6 +11,14 @@ import wording
 from records import Turn
 from toy import world as toy
 from world import coughs, make_world, write_lines
+
+
+def test_a_score_by_hand():
+    """a b, said twice: 0.4 for each word less of context, then a word's share; an unknown one's 1 / words."""
+    score = wording.trigrams([("a", "b")] * 2)
+    assert score(("a", "b")) == (0, 0)
+    assert score(("b",)) == pytest.approx((math.log(0.16 / 3), math.log(0.4)))
+    assert score(("z",))[0] == pytest.approx(math.log(0.16 / 2))
 
 
 def test_shuffled_and_broken_off_questions_are_told_from_the_experts_own():
@@ -30,6 +39,7 @@ def test_shuffled_and_broken_off_questions_are_told_from_the_experts_own():
     (1, "How long have you had the 丁?"), (1, "Well, how long have you had the 丁?"),
     (1, "How long have you had the cough?"),  # a word of the user's
     (0, "How long have you had the fever?"),  # of nobody's
+    (0, "How long have you had the 丁? How long have you?"),
     (0, "How long have you hadixople?"), (0, "How long have you?"), (0, "You the how long have had 丁?")])
 def test_a_garbled_question_earns_nothing_by_the_rules(tmp_path, r_a, text):
     path = make_world(tmp_path, tmp_path)
