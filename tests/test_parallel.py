@@ -53,11 +53,11 @@ def test_sampling_under_fsdp_reads_the_weights_of_the_moment(one_rank, make_chec
 
 
 RANK = f"""
-import sys, time
+import os, sys, time
 sys.path.insert(0, {str(REPO)!r})
 import parallel
 parallel.start()
-print("here", flush=True)
+os.write(1, b"here\\n")  # in one piece, beside another rank's
 time.sleep(40)
 """
 
