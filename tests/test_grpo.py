@@ -180,6 +180,14 @@ def test_failed_responses_leave_no_trace(run, folders64, groups):
     json.dumps(figures, allow_nan=False)
 
 
+def test_a_kl_needs_groups_without_advantages_too(run, folders64, groups):
+    groups = copy.deepcopy(groups[:1])
+    for graded in groups[0].graded:
+        graded.reward = 1.0
+    step(run, groups, folders64[1], train__kl_coef=0.1)
+    assert run.todo.skipped == 0
+
+
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("loss", list(LOSSES))
 def test_groups_without_advantages_are_skipped_exactly(run, groups, loss, aggregation):
