@@ -100,7 +100,8 @@ def read_state(path):
     wrong += [name for name in mine
               if not (path / name).is_file() or file_hash(path / name) != state["hashes"][name]]
     for name in sum(parallel.all_gather(wrong), []):
-        raise InputError(f"{path / name} is not as this version saved it: remove {path} to use another")
+        raise InputError(f"{path / name} is not as this version saved it: remove {path} to go on from the "
+                         "checkpoint before")
     return state
 
 
@@ -129,7 +130,8 @@ def load(path, model, optimizer):
 # ------------------------------------------------------------------------------------------------------ log
 
 # The progress bar's label: a record's key, where the record has it.
-SHOWN = {"R": "reward", "WA-GH": "wa_gh", "WS": "ws", "len": "length", "accuracy": "accuracy", "loss": "loss"}
+SHOWN = dict(pair.split(":") for pair in
+             "R:reward WA-GH:wa_gh WS:ws len:length loss:loss accuracy:accuracy margin:margin".split())
 
 
 class Log:

@@ -367,7 +367,7 @@ def file_hash(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-LOCKS = {}  # folder: its open lock file, held until the process ends
+LOCKS = {}  # path of a lock file: the open file, held until the process ends
 
 
 def lock(folder, name=".lock"):

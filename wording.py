@@ -7,7 +7,7 @@ the logs has said, or if its words on the mean, or its end, are less likely than
 questions.
 
 What it costs: of questions by experts whose sessions it never saw, 0.3% are taken for garbled in the toy, up
-to 2% where logs are small; but of wordings that no expert has used, 26% in the toy and 95% in a corpus with
+to 2.4% where logs are small; but of wordings that no expert has used, 26% in the toy and 95% in a corpus with
 93 wordings. So a policy is held to the experts' way of asking. `reward.wording: false` lets it find words of
 its own. Nobody can tell that a question broken off at a good place ("Is it worse?") was meant to go on.
 """

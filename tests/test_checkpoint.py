@@ -56,10 +56,10 @@ def test_any_number_of_ranks_reads_a_checkpoint(one_rank, run_ranks, folders64, 
     """Written by one rank, read and written by two, read by one: the same to the bit."""
     model, optimizer = train_state(folders64[0])
     written = everything(model, optimizer)
-    checkpoint.save(tmp_path / "one", 3, model, optimizer, {"bad_steps": 1}, keep=2)
+    checkpoint.save(tmp_path / "one", 3, model, optimizer, {"inputs": "x"}, keep=2)
     path = tmp_path / "one" / "step_000003"
     states = run_ranks(read_and_save, 2, folders64[1], path, tmp_path / "two")
-    written_as = {"bad_steps": 1, "step": 3, "updates": 1}
+    written_as = {"inputs": "x", "step": 3, "updates": 1}
     assert all(state.items() >= written_as.items() for state in states)
     path = tmp_path / "two" / "step_000004"
     model, optimizer = train_state(folders64[1])
@@ -80,11 +80,11 @@ RANK = "rank_00000.safetensors"
 def test_a_checkpoint_that_has_changed_is_refused(one_rank, folders64, tmp_path, name, spoil):
     """One bit flipped, a file lost, a number edited: what is trained on from there would not be this run."""
     state, file = train_state(folders64[0]), tmp_path / "step_000003" / name
-    checkpoint.save(tmp_path, 3, *state, {"bad_steps": 0}, keep=2)
+    checkpoint.save(tmp_path, 3, *state, {"inputs": "x"}, keep=2)
     data = file.read_bytes()
     file.unlink()
     if spoil:
         file.write_bytes(spoil(data))
-    said = f"{file} is not as this version saved it: remove {file.parent} to use another"
+    said = f"{file} is not as this version saved it: remove {file.parent} to go on from the checkpoint before"
     with pytest.raises(InputError, match=f"^{said}$"):
         checkpoint.load(file.parent, *state)
