@@ -433,7 +433,7 @@ def by_key(path, kind):
 def sampled_responses(cfg, n):
     """The policy's questions at n continue turns of sessions that it is not tested on: validation turns, or
     training turns where there are none. -> list of GraderAnchor without a score, each once"""
-    valid = cfg.run_path / "turns" / "valid.jsonl"
+    valid = cfg.turns_path / "valid.jsonl"
     turns = [t for t in load_turns(cfg, "valid" if valid.is_file() else "train") if t.decision == "continue"]
     turns = Random(cfg.seed).sample(turns, min(n, len(turns)))
     policy, cfg = load_policy(cfg), cfg.model_copy(deep=True)
@@ -452,8 +452,7 @@ def sampled_responses(cfg, n):
 def sessions(cfg):
     """The usable sessions of the training logs -> list of ExtractorAnchor without items."""
     config.need(cfg, "data.logs")
-    read = [hindsight.check_session(row) for _, row in read_jsonl(cfg.data.logs, lambda n, why: None)]
-    return [ExtractorAnchor.model_construct(session=session) for session, why in read if not why]
+    return [ExtractorAnchor.model_construct(session=session) for session in hindsight.sessions(cfg)[0]]
 
 
 # --------------------------------------------------------------------------------------------- commands

@@ -34,8 +34,8 @@ def open_run(cfg, rank):
         old = config.flatten(config.load([str(path)]))
         for name in config.changed(cfg, "training", old):
             raise InputError(f"{run} holds a run with {name}={old[name]!r}, this one has "
-                             f"{config.flatten(cfg)[name]!r}: choose another run_dir, or remove the folder "
-                             f"to start afresh")
+                             f"{config.flatten(cfg)[name]!r}: choose another run_dir (train.from={run} "
+                             "goes on from its weights), or remove the folder to start afresh")
     if rank == 0:
         config.save(cfg, path)
 

@@ -16,16 +16,18 @@ import re
 from enum import IntEnum
 from operator import attrgetter
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
+    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    create_model,
     model_validator,
 )
 
@@ -47,6 +49,7 @@ class Stream(IntEnum):
 
 
 RL = "grpo cispo gspo"
+Texts = Annotated[list[str], BeforeValidator(lambda x: [x] * bool(x) if isinstance(x, str) else x)]
 
 
 def key(default, help, affects="training", read_by="", **bounds):
@@ -66,8 +69,22 @@ class ModelConfig(Exact):
 
 
 class DataConfig(Exact):
-    logs: str = key("", "training conversations, JSONL", "turns pairs training")
-    eval_logs: str = key("", "held-out conversations, JSONL", "turns training")
+    logs: Texts = key(
+        [], "training conversations: a file or a list of files, JSONL or Parquet, or a hub data set with its "
+            "split (hf:OWNER/NAME:train)",
+        "turns pairs training")
+    eval_logs: Texts = key([], "held-out conversations, likewise", "turns training")
+    split: Share = key(
+        0.0, "where data.eval_logs is empty: share of the sessions to hold out, by a hash of the session id",
+        "turns training")
+    fields: dict[Literal["session_id", "messages", "goal", "success", "role", "content", "learned", "asks"],
+                 str] = key(
+        {}, "what the logs call our fields: {session_id: id}; nested: {session_id: meta.id}",
+        "turns pairs training")
+    roles: dict[Literal["user", "assistant", "ignore"], Texts] = key(
+        {}, "what they call the roles: {user: human, assistant: [agent, bot], ignore: system}",
+        "turns pairs training")
+    turns: str = key("", "folder of the turns, which runs may share; empty: run_dir/turns", "")
     valid_sessions: NonNegativeInt = key(
         0, "sessions set aside from the training logs for evaluation during training (0: evaluation during "
            "training reads the held-out turns)", "turns training")
@@ -103,6 +120,7 @@ class HindsightConfig(Exact):
         "turns pairs training scores")
     max_failed: Share = key(
         0.2, "llm: share of sessions without a usable extraction above which nothing is written", "")
+    sample: NonNegativeInt = key(0, "write so many turns for a person to mark (turns/marks.jsonl)", "")
     self_check: PositiveInt = key(
         1, "llm: extract so often, with other seeds, and report how far the results agree", "")
 
@@ -166,7 +184,7 @@ class RolloutConfig(Exact):
     max_rows: PositiveInt = key(320, "responses decoded at once per rank (bounds the KV cache)", "")
 
 
-class TrainConfig(Exact):
+class TrainKeys(Exact):
     loss: str = key(
         "grpo", "a name in LOSSES of train_grpo.py (grpo, cispo, gspo, or your own); sft and dpo are the "
                 "losses of train_sft.py and train_dpo.py")
@@ -215,6 +233,10 @@ class TrainConfig(Exact):
         50, "steps between evaluations (at the next sync boundary); null: none", "")
 
 
+FROM = key("", "a run folder: start from the weights and moments of its newest checkpoint, at step 0")
+TrainConfig = create_model("TrainConfig", __base__=TrainKeys, **{"from": (str, FROM)})  # a word of Python
+
+
 class EvalConfig(Exact):
     samples: PositiveInt = key(3, "responses per prompt", "scores")
     temperature: PositiveFloat = key(1.0, "sampling temperature; greedy figures are always printed beside",
@@ -251,6 +273,11 @@ class Config(Exact):
     def run_path(self):
         """run_dir as a Path."""
         return Path(self.run_dir)
+
+    @property
+    def turns_path(self):
+        """The folder of the turns."""
+        return Path(self.data.turns or self.run_path / "turns")
 
     @model_validator(mode="after")
     def consistent(self):
@@ -447,7 +474,7 @@ def load(argv, doc=None, may_plan=False):
     doc: the script's docstring, for --help. may_plan: whether the caller knows what plan=true means.
     """
     if {"-h", "--help"} & set(argv):
-        print(help_text(doc))
+        print(help_text(doc), flush=True)
         raise SystemExit(0)
     if not argv or "=" in argv[0]:
         raise InputError("the first argument is a config file, e.g. configs/toy/grpo.yaml (--help lists "
@@ -501,6 +528,8 @@ def made_with(cfg, product):
     idle = {"llm.extractor.": role and cfg.hindsight.source != "llm",
             "llm.grader.": role and cfg.reward.grader != "llm",
             "llm.writer.": not (cfg.llm.writer.model if product == "pairs" else t.loss == "dpo"),
+            "data.split.": cfg.data.eval_logs,
+            "seed.": product == "turns" and not cfg.data.valid_sessions,
             "train.steps.": t.schedule == "constant",  # else the learning rate depends on where the end is
             "train.epochs.": t.schedule == "constant"}
     without = tuple(name for name, has_no_effect in idle.items() if has_no_effect)

@@ -150,7 +150,7 @@ def in_world(graded, world):
 def same_but_seed(made):
     """What must be alike in runs that are pooled: {key: value}, with paths as they stand beside the run."""
     root = f"{Path(made['run_dir']).parent}/"
-    return {name: str(value).removeprefix(root) for name, value in made.items()
+    return {name: str(value).replace(root, "") for name, value in made.items()
             if name != "seed" and config.AFFECTS.get(name)}
 
 
@@ -282,7 +282,8 @@ def show_sessions(runs, sessions):
         for g in load_graded(Path(run) / "graded.jsonl"):
             if g.sample == 0:
                 said[g.turn_id].append((name, g))
-    for turn in read_turns(Path(runs[0]) / "turns" / "eval.jsonl"):
+    turns = read_json(Path(runs[0]) / "eval.json")["config"]["data.turns"] or Path(runs[0]) / "turns"
+    for turn in read_turns(Path(turns) / "eval.jsonl"):
         by_session[turn.session_id].append(turn)
     for session in list(by_session)[:sessions]:
         print(f"\n--- session {session}: first sample of each run at every turn of the held-out log")

@@ -19,17 +19,23 @@ import json
 import sys
 import tempfile
 from collections import Counter, defaultdict
+from contextlib import ExitStack
 from functools import cache, partial
 from itertools import chain, combinations, starmap
+from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
 from pydantic import ValidationError, field_validator
 from tqdm import tqdm
 
 import config
 import lexicon
 import llm
-from prompts import chat, dump, spoken
+import logs
+import metrics
+import report
+from prompts import chat, dump, read_turns, spoken
 from records import (
     InputError,
     Message,
@@ -46,6 +52,7 @@ from records import (
     lock,
     nearest,
     read_jsonl,
+    read_records,
     same,
     slot_key,
     whole_file,
@@ -53,7 +60,10 @@ from records import (
     write_jsonl,
 )
 
-SHOWN = 3  # bad lines quoted per reason; the rest are counted
+SHOWN = 3  # bad lines, or strange turns, of a kind that are named; the rest are counted
+SLOTS = 30  # rows of the table of slots
+STRANGEST = 10
+FILES = "eval.jsonl train.jsonl valid.jsonl self_check.jsonl".split()
 
 
 # --------------------------------------------------------------------------------------------------- sessions
@@ -81,14 +91,15 @@ def check_session(row, end_markers=END_MARKERS):
     The Session ends with its first end marker.
     """
     try:
-        as_line(row).encode()
+        json.dumps(row, ensure_ascii=False, default=str).encode()
         session = Session.model_validate(row)
     except UnicodeEncodeError:
         return None, ("bad text", "a text holds half a surrogate pair (a cut emoji), which is not UTF-8")
     except ValidationError as error:
         field, *inner = error.errors()[0]["loc"]
         kind = "bad annotations" if "learned" in inner or "asks" in inner else f"bad {field}"
-        return None, ("no session_id" if field == "session_id" else kind, explain(error))
+        hint = " (see data.roles)" if "role" in inner else ""
+        return None, ("no session_id" if field == "session_id" else kind, explain(error) + hint)
     for i, m in enumerate(session.messages, 1):
         if m.role == "assistant" and m.content.strip() in end_markers:
             del session.messages[i:]
@@ -318,102 +329,123 @@ def unknown_key(kind, name):
 
 
 class Tally:
-    """What became of the lines of one log file, and why."""
+    """What became of the conversations of data.logs or data.eval_logs, and why."""
 
-    def __init__(self, path):
-        self.path = path
-        self.seen = {}  # session_id: its line
+    def __init__(self, files):
+        self.files = ", ".join(files)
+        self.seen = {}  # session_id: where it stands
         self.sessions = 0  # used
         self.turns = {}  # id of a session that gave turns: how many
-        self.wanted = []  # sizes of I* at the continue turns
         self.aside, self.dropped, self.notes = Counter(), Counter(), Counter()
-        self.revealed, self.asked = set(), set()  # slots, as they are compared
+        self.slots = {what: Counter() for what in ("revealed", "asked for", "in I*", "left out as generic")}
+        self.wanted = Counter()  # continue turns by the size of I*
         self.shown = []  # what is said of single lines
         self.checks = []  # see agreement
 
-    def set_aside(self, line, kind, detail):
+    def set_aside(self, place, kind, detail):
         self.aside[kind] += 1
         if detail and self.aside[kind] <= SHOWN:
-            self.shown.append(f"  {self.path}:{line}: set aside: {detail}")
+            self.shown.append(f"  {place}: set aside: {detail}")
 
     def add(self, session, turns, facts, generic):
         if turns:
             self.turns[session.session_id] = len(turns)
-        for item in chain(*facts):
-            slot = same(item)[0]
-            self.revealed.add(slot)
-            self.notes[f"items left out of I*: the slot {slot!r} is generic"] += is_named(slot, generic)
-        for m in session.messages:
-            self.asked.update(map(slot_key, m.asks or ()))
+        self.wanted.update(len(turn.target) for turn in turns if turn.decision == "continue")
+        revealed = [same(item)[0] for item in chain(*facts)]
+        found = (revealed, [slot_key(slot) for m in session.messages for slot in m.asks or ()],
+                 [same(item)[0] for turn in turns for item in turn.target],
+                 [slot for slot in revealed if is_named(slot, generic)])
+        for counts, slots in zip(self.slots.values(), found):
+            counts.update(slots)
         for record in (session, *session.messages):
             self.notes.update(unknown_key(type(record), name) for name in record.model_extra)
-        self.wanted += [len(turn.target) for turn in turns if turn.decision == "continue"]
         self.notes["blank messages left out"] += sum(is_blank(m.content) for m in session.messages)
         self.notes["sessions without a goal (set data.goal)"] += not session.goal
 
     def report(self, source):
+        """What is to be said of the logs -> yield lines."""
         turns = sum(self.turns.values())
         told = f"{self.sessions + self.aside.total()} lines, {self.sessions} sessions used, {turns} turns"
         if turns:
-            rate, size = len(self.wanted) / turns, sum(self.wanted) / max(len(self.wanted), 1)
-            told += f" ({rate:.1%} continue, {1 - rate:.1%} stop), mean size of I* where continue {size:.2f}"
-        print(f"{self.path}: {told}")
+            going_on, items = self.wanted.total(), self.slots["in I*"].total()
+            rate = going_on / turns
+            told += (f" ({rate:.1%} continue, {1 - rate:.1%} stop), mean size of I* where continue "
+                     f"{items / max(going_on, 1):.2f}")
+        yield f"{self.files}: {told}"
         for what, counts in zip(("sessions set aside", "turns dropped", "note"),
                                 (self.aside, self.dropped, self.notes)):
             for kind, count in (+counts).most_common():
-                print(f"  {what}: {count} {kind}")
+                yield f"  {what}: {count} {kind}"
         if source:
-            print(f"  extractor: {llm.report(source)}")
-        for line in self.shown:
-            print(line)
+            yield f"  extractor: {llm.report(source)}"
+        yield from self.shown
         if turns and not 0.02 <= 1 - rate <= 0.8:
-            print(f"  warning: {1 - rate:.1%} of the turns are stops: is everything found that users reveal?")
-        for what, slots in (("revealed and never asked for", self.revealed - self.asked),
-                            ("asked for and never revealed", self.asked - self.revealed)):
-            if self.asked and self.revealed and slots:
-                print(f"  warning: {what}: {', '.join(sorted(slots))}")
+            yield f"  warning: {1 - rate:.1%} of the turns are stops: is everything found that users reveal?"
+        revealed, asked, *_ = self.slots.values()
+        for what, slots in (("revealed and never asked for", revealed.keys() - asked),
+                            ("asked for and never revealed", asked.keys() - revealed)):
+            if asked and revealed and slots:
+                yield f"  warning: {what}: {', '.join(sorted(slots))}"
+        if revealed:
+            yield metrics.aligned([["slot", *self.slots]] + [
+                [slot, *(str(counts[slot]) for counts in self.slots.values())]
+                for slot, _ in revealed.most_common(SLOTS)])
+        sizes = ", ".join(f"{n} of {size}" for size, n in sorted(self.wanted.items()))
+        yield f"  continue turns by the size of I*: {sizes}"
 
     def check(self, how):
         """Raise InputError where the turns cannot be right, or where there are none."""
         failed = self.aside["no usable extraction"]
         if failed > how.max_failed * (failed + self.sessions):
-            raise InputError(f"{self.path}: no usable extraction for {failed} of {failed + self.sessions} "
-                             f"sessions, over hindsight.max_failed={how.max_failed}; a rerun asks again")
+            raise InputError(f"{self.files}: no usable extraction for {failed} of {failed + self.sessions} "
+                             f"sessions, over hindsight.max_failed={how.max_failed}: a rerun asks again")
         if not self.turns:
-            raise InputError(f"{self.path} gave no turns, so nothing was written (see above)")
-        if not self.revealed:
-            raise InputError(f"{self.path}: no user reveals anything, so all turns would be stops: see what "
+            raise InputError(f"{self.files} gave no turns: nothing was written (see above; data.fields and "
+                             "data.roles tell what your logs call our fields and roles)")
+        if not self.slots["revealed"]:
+            raise InputError(f"{self.files}: no user reveals anything, so all turns would be stops: see what "
                              f"hindsight.source={how.source} reads (learned, lexicon, extractor)")
 
 
-def usable(rows, tally, not_in, extractor):
-    """Rows of a log -> yield the sessions to learn from, each with a goal. The others are set aside."""
-    for line, row in rows:
-        session, why = check_session(row, extractor.settings.end_markers)
+def usable(cfg, name, tally, goal, not_in=()):
+    """The conversations of data.NAME -> yield the sessions to learn from. The others are set aside.
+
+    goal: of sessions that name none. not_in: ids of sessions to be set aside.
+    """
+    for place, row in logs.rows(cfg, name, lambda place, why: tally.set_aside(place, "bad line", why)):
+        session, why = check_session(row, cfg.hindsight.end_markers)
         if not why or why[0] not in ("bad text", "no session_id"):
             session_id = str(row["session_id"])
-            first = tally.seen.setdefault(session_id, line)
-            if first != line:
-                why = "duplicate session_id", f"session_id {session_id!r} already stands in line {first}"
+            first = tally.seen.setdefault(session_id, place)
+            if first != place:
+                why = "duplicate session_id", f"session_id {session_id!r} already stands in {first}"
             elif session_id in not_in:
                 why = "also in the training logs", f"session_id {session_id!r} is also in the training logs"
         if why:
-            tally.set_aside(line, *why)
+            tally.set_aside(place, *why)
         else:
-            session.goal = session.goal or extractor.goal
+            session.goal = session.goal or goal
             yield session
 
 
-def build_file(path, out, extractor, not_in=()):
-    """The sessions of a log file -> turns, written to the file `out` in input order. -> Tally
+def sessions(cfg):
+    """-> (training sessions, held-out sessions) of a config, those that hindsight.py uses."""
+    tally, goal = Tally(cfg.data.logs), cfg.data.goal
+    parts = [], list(usable(cfg, "eval_logs", Tally([]), goal)) if cfg.data.eval_logs else []
+    for session in usable(cfg, "logs", tally, goal):
+        parts[logs.is_held_out(session.session_id, cfg.data)].append(session)
+    return parts
+
+
+def build_file(cfg, name, out, extractor, not_in=()):
+    """The sessions of data.NAME -> turns, written to the file `out` in input order. -> Tally
 
     not_in: ids of sessions to be set aside. Raises InputError where there are no turns.
     """
-    how, source, tally = extractor.settings, extractor.source, Tally(path)
-    bar = tqdm(read_jsonl(path, lambda line, why: tally.set_aside(line, "bad line", why)), path,
-               unit=" sessions", disable=None)
+    how, source, tally = cfg.hindsight, extractor.source, Tally(getattr(cfg.data, name))
+    bar = tqdm(usable(cfg, name, tally, extractor.goal, not_in), tally.files, unit=" sessions", disable=None)
     with open(out, "w", encoding="utf-8") as lines:
-        for session, readings in extractor.read(usable(bar, tally, not_in, extractor)):
+        for session, readings in extractor.read(bar):
             results = [build_turns(session, items_of, how) for items_of in readings]
             if not results:
                 tally.aside["no usable extraction"] += 1
@@ -430,22 +462,35 @@ def build_file(path, out, extractor, not_in=()):
                 failed, tokens = n["invalid"] + n["failed"], (n["tokens_in"] + n["tokens_out"]) / 1e6
                 bar.set_postfix_str(f"{n['calls']} calls, {n['cached']} cached, {failed} failed, "
                                     f"{tokens:.2f}M tokens", refresh=False)
-    tally.report(source)
+    tally.told = "\n".join(tally.report(source))
+    print(tally.told)
     tally.check(how)
     return tally
 
 
-def pick_valid(ids, n, seed):
-    """n whole sessions, chosen by a seeded hash of their ids, whatever their order."""
-    return set(sorted(ids, key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())[:n])
+def by_hash(name, seed):
+    """A seeded hash, to sort names by: their order does not matter."""
+    return hashlib.sha256(f"{seed}:{name}".encode()).digest()
 
 
-def split(path, folder, valid):
-    """The turns in a file -> folder/train.jsonl, those of the sessions in `valid` -> folder/valid.jsonl."""
-    with whole_file(folder / "train.jsonl") as train, whole_file(folder / "valid.jsonl") as held_out, \
-            open(path, encoding="utf-8") as lines:
+def divide(ids, data, seed):
+    """Ids of sessions that gave turns -> {id: "train", "valid" or "eval"}. data: cfg.data"""
+    part = {i: "eval" if logs.is_held_out(i, data) else "train" for i in ids}
+    rest = sorted((i for i in ids if part[i] == "train"), key=partial(by_hash, seed=seed))
+    part |= dict.fromkeys(rest[:data.valid_sessions], "valid")
+    wanted = {"train"} if data.eval_logs or not data.split else {"train", "eval"}
+    for name in wanted.difference(part.values()):
+        raise InputError(f"data.split={data.split} and data.valid_sessions={data.valid_sessions} leave none "
+                         f"of {len(ids)} sessions for turns/{name}.jsonl: change them")
+    return part
+
+
+def split(path, folder, part):
+    """The turns in a file -> folder/PART.jsonl, by the part that each session belongs to."""
+    with ExitStack() as stack, open(path, encoding="utf-8") as lines:
+        out = {name: stack.enter_context(whole_file(folder / f"{name}.jsonl")) for name in {*part.values()}}
         for line in lines:
-            (held_out if json.loads(line)["session_id"] in valid else train).write(line)
+            out[part[json.loads(line)["session_id"]]].write(line)
 
 
 def write_checks(path, checks, n):
@@ -457,41 +502,96 @@ def write_checks(path, checks, n):
           f"the same s* at {alike} of {len(checks)} turns; {path}")
 
 
+# ------------------------------------------------------------------------------------ for a person to look at
+
+def strangest(turns):
+    """-> {turn_id: why} of the turns to look at first: those of the rarest kinds."""
+    kinds = defaultdict(list)
+    for turn in turns:
+        asks_on = lexicon.expects_answer(turn.expert or "")
+        if asks_on != (turn.decision == "continue"):
+            kinds[f"s* is {turn.decision}, but the expert asks {'on' if asks_on else 'nothing'}"].append(turn)
+        kinds[f"I* holds {len(turn.target)} items"].append(turn)
+    rare = sorted(kinds.items(), key=lambda entry: len(entry[1]))
+    found = [(turn.turn_id, f"{why} (one of {len(of)})") for why, of in rare for turn in of[:SHOWN]]
+    return dict(found[:STRANGEST])
+
+
+class Mark(Turn):
+    """A turn for a person to judge: are I* and s* right? null: not judged."""
+    target_right: bool | None = None
+    decision_right: bool | None = None
+
+
+def report_marks(path, turns):
+    """Print how often a person who marked turns found I* and s* right. Turns that have changed do not count.
+
+    The 95% interval is Jeffreys', of a binomial proportion.
+    """
+    def key(turn):
+        return turn.turn_id, turn.decision, *turn.target
+
+    now = set(map(key, turns))
+    marks = [mark for _, mark in read_records(path, Mark) if key(mark) in now]
+    for name in ("target_right", "decision_right"):
+        said = [mark for mark in map(attrgetter(name), marks) if mark is not None]
+        right, wrong = said.count(True), said.count(False)
+        low, high = metrics.interval(np.random.default_rng(0).beta(right + 0.5, wrong + 0.5, 10_000))
+        print(f"{path}: {name} at {right} of {right + wrong} marked turns (95% interval {low:.0%} to "
+              f"{high:.0%})")
+
+
+def show(cfg, told):
+    """Print the strangest training turns, write a page of turns, and turns for a person to mark.
+
+    told: what was printed of the logs, for the page. A file of marks that is there stays.
+    """
+    folder, n = cfg.turns_path, cfg.hindsight.sample
+    turns = sorted(read_turns(folder / "train.jsonl"), key=lambda turn: by_hash(turn.turn_id, cfg.seed))
+    strange, path = strangest(turns), folder / "marks.jsonl"
+    for turn_id, why in strange.items():
+        print(f"  strange: {turn_id}: {why}")
+    page = report.write_turns(folder / "turns.html", told, turns, strange)
+    print(f"wrote {page}: look at the labels before you train on them")
+    if path.is_file():
+        report_marks(path, turns)
+    elif n:
+        unmarked = {"target_right": None, "decision_right": None}
+        write_jsonl(path, [unmarked | turn.dump() for turn in turns[:n]])
+        print(f"wrote {path}: replace null by true or false, and run hindsight.py again")
+
+
 def main(argv=None):
     cfg = config.load(argv or sys.argv[1:], __doc__)
     config.need(cfg, "data.logs")
     if cfg.hindsight.source == "rules":
         config.need(cfg, "data.lexicon")
+    folder = cfg.turns_path
     lock(cfg.run_path)
+    lock(folder)
     extractor = Extractor(cfg)
-    folder = cfg.run_path / "turns"
-    folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".building.", dir=folder) as aside:
         aside = Path(aside)
-        train = build_file(cfg.data.logs, aside / "train", extractor)
+        train = build_file(cfg, "logs", aside / "train", extractor)
+        part = divide(train.turns, cfg.data, cfg.seed)
         checks = train.checks
         if cfg.data.eval_logs:
-            checks += build_file(cfg.data.eval_logs, aside / "eval", extractor, train.seen).checks
-        valid = pick_valid(train.turns, cfg.data.valid_sessions, cfg.seed)
-        if valid and len(valid) == len(train.turns):
-            raise InputError(f"data.valid_sessions={cfg.data.valid_sessions} leaves no session of "
-                             f"{cfg.data.logs} to train on; lower it")
+            checks += build_file(cfg, "eval_logs", aside / "eval", extractor, train.seen).checks
         write_json(folder / "made.json", {"files": {}})  # until the end the files do not belong together
-        for path in folder.glob("*.jsonl"):
-            path.unlink()
-        split(aside / "train", folder, valid)
-        if not valid:
-            (folder / "valid.jsonl").unlink()
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+        split(aside / "train", folder, part)
         if cfg.data.eval_logs:
             (aside / "eval").replace(folder / "eval.jsonl")
     files = {}
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in filter(Path.is_file, map(folder.joinpath, FILES)):
         of = Counter(turn["session_id"] for _, turn in read_jsonl(path))
         print(f"wrote {path}: {of.total()} turns of {len(of)} sessions")
         files[path.name] = file_hash(path)
     write_json(folder / "made.json", {**config.made_with(cfg, "turns"), "files": files})
     if checks:
         write_checks(folder / "self_check.jsonl", checks, cfg.hindsight.self_check)
+    show(cfg, train.told)
 
 
 if __name__ == "__main__":

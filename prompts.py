@@ -18,13 +18,13 @@ PROMPTS = {"extractor": "prompts/extractor.md", "grader": "prompts/grader.md",
 # --------------------------------------------------------------------------------------------- turns of a run
 
 def turns_file(cfg, name):
-    """The path of run_dir/turns/NAME.jsonl.
+    """The path of NAME.jsonl in data.turns, or run_dir/turns.
 
     Raises InputError where it is missing, was made with other settings, or is not as hindsight.py left it.
     """
-    path = cfg.run_path / "turns" / f"{name}.jsonl"
+    path = cfg.turns_path / f"{name}.jsonl"
     if not path.is_file():
-        hint = " (data.eval_logs must be set)" if name == "eval" else ""
+        hint = " (data.eval_logs or data.split must be set)" if name == "eval" else ""
         raise InputError(f"{path} does not exist: run hindsight.py with this config first{hint}")
     stamp = path.with_name("made.json")
     made = read_json(stamp) if stamp.is_file() else {}  # turns made by hand carry no stamp

@@ -41,6 +41,10 @@ def cli(main):
     """Run main(). An InputError ends the process with one line (once a node) and exit code 2."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, say `head`, wants no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except InputError as error:
         for bar in list(getattr(tqdm, "_instances", ())):  # else the line would stand amid the bars
             bar.close()

@@ -13,6 +13,7 @@ import html
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -37,6 +38,7 @@ from reward import advantages
 
 # One of these is enough.
 FILES = "metrics.jsonl eval.json groups_before.jsonl groups_after.jsonl graded.jsonl".split()
+TURNS = 300  # training turns on hindsight.py's page
 SHOWN = 24  # turns of graded.jsonl to show where a run has no groups files
 COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #8c7ae6 #8a8a8a".split()  # six: Okabe-Ito
 PHASES = {"rollout_s": "sampling", "grade_s": "grading", "train_s": "training", "eval_s": "evaluation"}
@@ -317,30 +319,37 @@ def responses(side, graded):
 def conversation(turn):
     """A turn's context and what hindsight tells, as a list of definitions."""
     lines = [*(("user" if m.role == "user" else "expert", m.content) for m in turn.context),
+             ("known", "; ".join(turn.known) or "(nothing)"),
              ("I*", "; ".join(turn.target) or "(nothing left to learn)"), ("s*", turn.decision),
              ("expert said", turn.expert or "(nothing more)")]
     return "".join(f'<dt>{who}</dt><dd class="text" dir="auto">{esc(text)}</dd>' for who, text in lines)
 
 
-def groups(folder):
-    """The groups of a run: a turn to unfold each, before and after side by side, and buttons that filter."""
-    page, counted = "", []
-    for turn, graded in read_groups(folder):
-        means = list(map(mean_reward, graded.values()))
-        kinds = ["all", turn.decision]
-        if means[-1] < means[0]:  # a side without rewards is NaN: not less
-            kinds.append("R fell")
-        counted += kinds
-        sides = "".join(map(responses, graded, graded.values()))
+def foldable(entries):
+    """Turns to unfold, and buttons that filter them. entries: (turn, kinds, the end of its line, its body)"""
+    page, counted = "", Counter()
+    for turn, kinds, end, body in entries:
+        kinds = ["all", turn.decision, *kinds]
+        counted.update(kinds)
         page += (f'<details data-kinds="{"|".join(kinds)}"><summary><bdi>{esc(turn.turn_id)}</bdi> '
                  f'<b>{turn.decision}</b> <bdi class="said">{esc(turn.context[-1].content[:160])}</bdi> '
-                 f'<span>R {" → ".join(map(show, means))}</span></summary>'
-                 f'<dl>{conversation(turn)}</dl><div class="sides">{sides}</div></details>')
-    buttons = "".join(f'<button data-kind="{kind}" aria-pressed="{str(kind == "all").lower()}">{kind} '
-                      f'{counted.count(kind)}</button>' for kind in ("all", "continue", "stop", "R fell"))
-    return page and f"""<h2>Groups of responses</h2><p class="note">Sampled at held-out turns, graded as in
+                 f'<span>{end}</span></summary><dl>{conversation(turn)}</dl>{body}</details>')
+    buttons = "".join(f'<button data-kind="{kind}" aria-pressed="{str(kind == "all").lower()}">{kind} {n}'
+                      '</button>' for kind, n in counted.items())
+    return f'<p class="filter">{buttons}</p>{page}'
+
+
+def groups(folder):
+    """The groups of a run: responses before and after training side by side."""
+    entries = []
+    for turn, graded in read_groups(folder):
+        means = list(map(mean_reward, graded.values()))
+        fell = ["R fell"] * (means[-1] < means[0])  # a side without rewards is NaN: not less
+        sides = "".join(map(responses, graded, graded.values()))
+        entries.append((turn, fell, f'R {" → ".join(map(show, means))}', f'<div class="sides">{sides}</div>'))
+    return entries and f"""<h2>Groups of responses</h2><p class="note">Sampled at held-out turns, graded as in
 evaluation. A = (R - mean) / (std + 1e-6) in the group; a failed grading (–) has A = 0. s* is the right
-decision, I* what was still to be learned.</p><p class="filter">{buttons}</p>{page}"""
+decision, I* what was still to be learned.</p>{foldable(entries)}"""
 
 
 # ------------------------------------------------------------------------------------------------- the page
@@ -372,6 +381,23 @@ def write(paths, out=None):
         groups=ELSEWHERE.format(files) if several else groups(folders[0]),
         plotly=plotly,
         figures=json.dumps(figures, allow_nan=False).replace("<", "\\u003c")))
+    return out
+
+
+def write_turns(out, told, turns, strange):
+    """A page to browse turns (hindsight.py): the strange ones first, then a few of the others. -> its path
+
+    told: what hindsight.py says of the logs. strange: {turn_id: why}.
+    """
+    first = sorted(turns, key=lambda turn: turn.turn_id not in strange)[:TURNS]
+    entries = []
+    for turn in first:
+        why = strange.get(turn.turn_id, "")
+        entries.append((turn, ["strange"] * bool(why), esc(why), ""))
+    empty = dict.fromkeys("runs legend charts plotly".split(), "")
+    write_text(out, PAGE.substitute(
+        empty, title=f"{len(first)} of {len(turns)} training turns", made=f"{datetime.now():%Y-%m-%d %H:%M}",
+        table=f"<pre>{esc(told)}</pre>", groups=foldable(entries), figures="[]"))
     return out
 
 

@@ -213,15 +213,22 @@ def load(run, size, sources):
     run.optimizer = torch.optim.AdamW(model.parameters(), lr=t.lr, betas=t.betas, weight_decay=t.weight_decay,
                                       fused=True)
     found = checkpoint.all_checkpoints(run.dir / "checkpoints")
-    if found:
+    if not found and (other := getattr(t, "from")):
+        begun, path = checkpoint.all_checkpoints(Path(other) / "checkpoints"), Path(other) / "config.yaml"
+        if not begun or config.load([str(path)]).model.path != run.cfg.model.path:
+            raise InputError(f"train.from={other} holds no checkpoints of a run with model.path="
+                             f"{run.cfg.model.path}")
+        checkpoint.load(begun[-1], model, run.optimizer)
+    elif found:
         state = checkpoint.load(found[-1], model, run.optimizer)
         run.step = run.synced = state["step"]
         if state["inputs"] != run.inputs:
             raise InputError(f"what is trained on ({', '.join(map(str, sources))}) has changed since "
-                             f"{found[-1]} was written: bring it back, or start in a new run_dir")
+                             f"{found[-1]} was written: bring it back, or go on in a new run_dir with "
+                             f"train.from={run.dir}")
         if run.step > run.total:
             raise InputError(f"{found[-1]} is beyond the {run.total} steps of this config (train.steps or "
-                             "train.epochs): raise them, or start in a new run_dir")
+                             f"train.epochs): raise them, or start in a new run_dir (train.from={run.dir})")
     else:
         checkpoint.fresh_moments(model, run.optimizer)
     run.log = checkpoint.Log(run.cfg, run.step, run.total, run.rank)
@@ -293,7 +300,7 @@ def end_step(run, record, boundary=True):
     run.log.write(record)
     if run.bad == MAX_BAD_STEPS or run.bad and run.step == run.total:
         raise InputError(f"{run.bad} steps in a row had no finite loss or gradient (last: step {run.step}): "
-                         "lower train.lr and start in a new run_dir (with turns/, and checkpoints/ to go on)")
+                         f"go on in a new run_dir with a lower train.lr and train.from={run.dir}")
     if boundary:
         if due(t.checkpoint_every, run.synced, run.step, run.total):
             save(run)
@@ -317,7 +324,8 @@ def check_failed(run, groups):
         raise llm.Unanswered(f"{failed} of {len(asked)} gradings failed after step {run.step}, more than "
                              f"reward.max_failed={most} of them (the last on this rank: "
                              f"{run.judge.grader.tally.why}): look at the grader "
-                             f"({run.cfg.llm.grader.model}); the same command goes on from here")
+                             f"({run.cfg.llm.grader.model}). Once it answers, the same command goes on from "
+                             f"here; with another prompt or model, a new run_dir with train.from={run.dir}")
 
 
 def evaluate(run):

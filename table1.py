@@ -25,22 +25,25 @@ from prompts import PROMPTS
 from records import LOCKS, InputError, cli, identity, lock, read_json, write_json
 from run import script_of
 
-FILES = "data.logs data.eval_logs data.lexicon data.prompt data.prompt_no_stop".split()
+FILES = "data.lexicon data.prompt data.prompt_no_stop".split()
+LOGS = "data.logs", "data.eval_logs"
 
 
 def inputs_of(cfg, path):
     """-> {config key: identity of the file} of what a row reads. Raises InputError where one is missing."""
-    config.need(cfg, "model.path", "data.logs", "data.eval_logs")
+    config.need(cfg, "model.path", "data.logs")
     flat = config.flatten(cfg)
-    files = {name: flat[name] for name in FILES if flat[name]}
+    files = {name: [flat[name]] for name in FILES if flat[name]}
+    for name in LOGS:  # a data set of the hub is known by its name alone
+        files[name] = [file for file in flat[name] if not file.startswith("hf:")]
     for role, shipped in PROMPTS.items():
         if flat[f"llm.{role}.model"]:
-            files[f"llm.{role}.prompt"] = flat[f"llm.{role}.prompt"] or shipped
-    for name, file in files.items():
+            files[f"llm.{role}.prompt"] = [flat[f"llm.{role}.prompt"] or shipped]
+    for name, file in ((name, file) for name, named in files.items() for file in named):
         if not Path(file).is_file():
             raise InputError(f"{path}: {name}={file} does not exist")
-    files["model.path"] = decoder.resolve(cfg.model.path)
-    return {name: identity(file) for name, file in files.items()}
+    files["model.path"] = [decoder.resolve(cfg.model.path)]
+    return {name: "".join(map(identity, named)) for name, named in files.items() if named}
 
 
 def move_aside(run):

@@ -72,7 +72,7 @@ def requests(cfg):
     """The bodies of the requests that hindsight.py makes with this config."""
     prompt = load_prompt(REPO / "prompts" / "extractor.md", ())
     schema = {"name": "extractor", "schema": llm.schema_of(hindsight.Extraction), "strict": True}
-    for _, session in read_records(cfg.data.logs, Session):
+    for _, session in read_records(cfg.data.logs[0], Session):
         utterances = hindsight.utterances(session.messages)
         messages = hindsight.extractor_messages(prompt, utterances, session.goal, cfg.hindsight.generic)
         yield json.dumps({"model": "toy", "messages": messages, "temperature": 0.0, "max_tokens": 512,

@@ -253,11 +253,12 @@ def role(name):
     return {f"llm.{name}.{leaf}" for leaf in ROLE.split()}
 
 
-TURNS = set("seed data.logs data.eval_logs data.valid_sessions data.goal data.lexicon hindsight.source "
+LOGS = "data.logs data.fields data.roles "
+TURNS = set((LOGS + "data.eval_logs data.split data.valid_sessions data.goal data.lexicon hindsight.source "
             "hindsight.stop_rule hindsight.user_end hindsight.generic hindsight.many_valued "
-            "hindsight.end_markers".split())
-PAIRS = set("seed data.logs data.lexicon hindsight.source hindsight.stop_rule hindsight.user_end "
-            "hindsight.generic hindsight.many_valued hindsight.end_markers".split())
+            "hindsight.end_markers").split())
+PAIRS = set((LOGS + "seed data.lexicon hindsight.source hindsight.stop_rule hindsight.user_end "
+            "hindsight.generic hindsight.many_valued hindsight.end_markers").split())
 REFERENCE = {"model.dtype", "rollout.max_prompt_tokens", "rollout.max_new_tokens"}
 SCORES = set("seed model.path model.dtype data.goal data.lexicon data.long_prompts hindsight.generic "
              "hindsight.many_valued hindsight.end_markers "
@@ -265,7 +266,7 @@ SCORES = set("seed model.path model.dtype data.goal data.lexicon data.long_promp
              "rollout.samples rollout.temperature eval.samples eval.temperature eval.top_p".split())
 SCORES |= REFERENCE | role("extractor") | role("grader")
 # How often to look, where to log, what fits in memory: with others of these a run may go on.
-FREE = set("run_dir plan gpus gpu_gib hindsight.self_check hindsight.max_failed llm.cache reward.max_failed "
+FREE = set("run_dir data.turns hindsight.sample plan gpus gpu_gib hindsight.self_check hindsight.max_failed llm.cache reward.max_failed "
            "rollout.max_rows train.tokens_per_microbatch train.activation_checkpointing train.compile "
            "train.eval_every train.checkpoint_every train.keep_checkpoints eval.samples eval.temperature "
            "eval.top_p wandb.mode wandb.project".split())
@@ -274,6 +275,8 @@ LENGTH = {"train.steps", "train.epochs"}  # with a constant learning rate a run 
 ASKED = "hindsight.source=llm reward.grader=llm".split()
 MADE = [  # the product, overrides, the keys that affect it
     ("turns", [], TURNS), ("turns", ASKED, TURNS | role("extractor")), ("reference", ASKED, REFERENCE),
+    ("turns", ["data.valid_sessions=1"], TURNS | {"seed"}),
+    ("turns", ["data.eval_logs=[x, y]"], TURNS - {"data.split"}),
     ("pairs", [], PAIRS), ("pairs", ["llm.writer.model=w"], PAIRS | role("writer")),
     ("scores", [], SCORES), ("scores", [*ASKED, "llm.writer.model=w", "train.schedule=cosine"], SCORES),
     ("training", [], TRAINING - LENGTH), ("training", ["train.schedule=linear"], TRAINING),
@@ -288,6 +291,8 @@ def another(name, old):
         return next(choice for choice in choices(name) if choice != old)
     if isinstance(old, list):
         return old[1:] or ["x"]
+    if isinstance(old, dict):
+        return {"user": ["x"]}
     return {bool: lambda: not old, str: lambda: old + "x"}.get(type(old), lambda: (old or 1) + 1)()
 
 
@@ -320,6 +325,7 @@ model.dtype            |                                             | float64
 data.prompt            |                                             | OTHER_PROMPT
 data.prompt_no_stop    | reward.mode=no_rs                           | OTHER_PROMPT
 data.valid_sessions    | train.eval_every=2                          | 1
+data.turns             |                                             | OTHER_TURNS
 data.lexicon           |                                             | OTHER_LEXICON
 reward.mode            |                                             | sum
 reward.beta            | reward.mode=no_ra                           | 3
@@ -369,6 +375,11 @@ BUILD = """
 seed                   | data.valid_sessions=2                       | 1
 data.logs              |                                             | OTHER_LOGS
 data.eval_logs         |                                             | OTHER_LOGS
+data.split             | data.eval_logs=                             | 0.5
+data.fields            | hindsight.source=annotations                | {learned: nothing}
+data.roles             |                                             | {user: assistant, assistant: user}
+data.turns             |                                             | HERE/elsewhere
+hindsight.sample       |                                             | 2
 data.valid_sessions    |                                             | 1
 data.goal              |                                             | another goal
 data.lexicon           |                                             | OTHER_LEXICON
@@ -411,7 +422,7 @@ ELSEWHERE = {  # what bounds memory or only decides whether to go on: no figure 
     "train.activation_checkpointing": OPTIONS, "train.compile": OPTIONS,
     "plan": PLANS, "gpus": PLANS, "gpu_gib": PLANS,
     "reward.max_failed": "test_grading.py::test_a_few_failed_gradings_do_not_stop_training",
-    "llm.writer.prompt": ROLES,
+    "llm.writer.prompt": ROLES, "train.from": "test_run.py::test_a_run_starts_from_another",
 } | {f"llm.{role}.{leaf}": LOCAL if leaf == "source" else ROLES for role in ("extractor", "grader", "writer")
      for leaf in config.RoleConfig.model_fields if leaf != "prompt"}
 
@@ -433,6 +444,10 @@ def places(tmp_path_factory, marks_checkpoint, tiny_checkpoint):
              for turn in read_lines(run / "turns" / "train.jsonl")]
     write_lines(run / "turns" / "train.jsonl", turns)
     write_lines(run / "turns" / "valid.jsonl", turns[:5])
+    other = folder / "other_turns"
+    other.mkdir()
+    for name in ("train", "valid", "eval"):
+        write_lines(other / f"{name}.jsonl", turns[5:])
     write_lines(run / "pairs.jsonl", [dict(turn, chosen="How?", rejected="Red?!") for turn in turns])
     color = dict(asks=["color"], values={"two": ["red"]})
     lexicon = make_lexicon({"color": color}, {"cough": ("cough", ["color"])}) | {"goal": "h"}
@@ -447,7 +462,7 @@ def places(tmp_path_factory, marks_checkpoint, tiny_checkpoint):
              "OTHER_EXTRACTOR": 'List all. {goal} {generic} {"items": []}', "OTHER_PROMPT": "Other. {goal}",
              "OTHER_LEXICON": yaml.safe_dump(lexicon)}
     with Server(folder / "lexicon.yaml") as server:
-        yield {"CONFIG": str(path), "SERVER": server.url, "OTHER_MODEL": str(tiny_checkpoint),
+        yield {"CONFIG": str(path), "SERVER": server.url, "OTHER_MODEL": str(tiny_checkpoint), "OTHER_TURNS": str(other),
                "LOGS": str(folder / "logs.jsonl"), "OTHER_LOGS": str(folder / "other.jsonl"),
                **{name: write(folder / name, text) for name, text in texts.items()}}
 

@@ -8,17 +8,17 @@ import pytest
 from world import REPO
 
 # A file imports only from files that stand before it. So there is no circle, and none imports toy/ or bench/.
-ORDER = """records config
+ORDER = """records config logs
     lexicon wording model prompts
     parallel checkpoint pack reward metrics rollout
     llm plan
-    hindsight grading report
+    report hindsight grading
     eval pairs
     run table1 autoprompt
     train_grpo train_sft train_dpo""".split()
-OPTIONAL = {"openai", "plotly", "wandb", "transformers", "tokenizers", "huggingface_hub", "trl"}
+OPTIONAL = {"openai", "plotly", "wandb", "transformers", "tokenizers", "huggingface_hub", "trl", "datasets"}
 WITH_TORCH = {"torch", "model", "parallel", "rollout"}  # late in llm.py: hindsight.py does without
-CEILINGS = {".": 47_000, "tests": 92_000, "toy": 10_000, "bench": 5_500}  # code tokens
+CEILINGS = {".": 48_500, "tests": 98_000, "toy": 10_000, "bench": 5_500}  # code tokens
 LAYOUT = {"NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
