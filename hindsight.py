@@ -54,15 +54,16 @@ from records import (
     read_jsonl,
     read_records,
     same,
+    shorten,
     slot_key,
     whole_file,
     write_json,
     write_jsonl,
 )
 
-SHOWN = 3  # bad lines, or strange turns, of a kind that are named; the rest are counted
+SHOWN = 3  # bad lines quoted per reason; the rest are counted
 SLOTS = 30  # rows of the table of slots
-STRANGEST = 10
+STRANGE = 4  # turns of a kind to look at first
 FILES = "eval.jsonl train.jsonl valid.jsonl self_check.jsonl".split()
 
 
@@ -505,16 +506,14 @@ def write_checks(path, checks, n):
 # ------------------------------------------------------------------------------------ for a person to look at
 
 def strangest(turns):
-    """-> {turn_id: why} of the turns to look at first: those of the rarest kinds."""
-    kinds = defaultdict(list)
+    """-> {turn_id: why} of ten turns to look at first: the largest I*, and where s* and the expert differ."""
+    kinds = {"one of the largest I*": sorted(turns, key=lambda turn: -len(turn.target))}
     for turn in turns:
         asks_on = lexicon.expects_answer(turn.expert or "")
         if asks_on != (turn.decision == "continue"):
-            kinds[f"s* is {turn.decision}, but the expert asks {'on' if asks_on else 'nothing'}"].append(turn)
-        kinds[f"I* holds {len(turn.target)} items"].append(turn)
-    rare = sorted(kinds.items(), key=lambda entry: len(entry[1]))
-    found = [(turn.turn_id, f"{why} (one of {len(of)})") for why, of in rare for turn in of[:SHOWN]]
-    return dict(found[:STRANGEST])
+            why = f"s* is {turn.decision}, the expert asks {'on' if asks_on else 'nothing'}"
+            kinds.setdefault(why, []).append(turn)
+    return {turn.turn_id: why for why, found in kinds.items() for turn in found[:STRANGE]}
 
 
 class Mark(Turn):
@@ -549,8 +548,10 @@ def show(cfg, told):
     folder, n = cfg.turns_path, cfg.hindsight.sample
     turns = sorted(read_turns(folder / "train.jsonl"), key=lambda turn: by_hash(turn.turn_id, cfg.seed))
     strange, path = strangest(turns), folder / "marks.jsonl"
-    for turn_id, why in strange.items():
-        print(f"  strange: {turn_id}: {why}")
+    for turn in turns:
+        if turn.turn_id in strange:
+            said, answer = map(shorten, (turn.context[-1].content, turn.expert))
+            print(f"  strange: {turn.turn_id}: {strange[turn.turn_id]}: {said} -> {answer}, I* {turn.target}")
     page = report.write_turns(folder / "turns.html", told, turns, strange)
     print(f"wrote {page}: look at the labels before you train on them")
     if path.is_file():

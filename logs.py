@@ -55,7 +55,7 @@ def value_at(row, path):
 
 def renamed(row, fields):
     """A row, or a message, with our names for its fields. fields: {our name: its path}"""
-    rest = {name: value for name, value in row.items() if name not in fields.values()}
+    rest = {name: value for name, value in row.items() if name not in (*fields, *fields.values())}
     return rest | {ours: value for ours, path in fields.items() if (value := value_at(row, path)) is not None}
 
 

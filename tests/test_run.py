@@ -247,6 +247,32 @@ def test_a_resume_on_other_examples_is_refused(loss, name, train, refused, tmp_p
     assert len(train(SCRIPTS[loss], path, "train.steps=4")) == 4
 
 
+def test_a_run_starts_from_another(train, refused, order, tmp_path, marks_checkpoint):
+    """train.from: weights and moments are the other run's, the schedule and the data begin anew. A resume reads
+    the run's own checkpoint."""
+    first, second = (make_baseline(tmp_path / x, marks_checkpoint, "sft", train__lr=1e-2) for x in "ab")
+    straight = train(train_sft, first)
+    run, begun = first.parent / "run", f"train.from={first.parent / 'run'}"
+    weights, seen = exported(first), order[:]
+    lines = train(train_sft, second, begun, "train.steps=2", "train.lr=1e-30", "train.weight_decay=0")
+    assert equal(weights, exported(second)) and order[len(seen):] == seen[:8]
+    assert [m["step"] for m in lines] == [1, 2] and lines[0]["loss"] < straight[0]["loss"]
+    saved = [load_file(path.parent / "run" / "checkpoints" / name / "rank_00000.safetensors")
+             for path, name in ((first, "step_000004"), (second, "step_000002"))]
+    moment = "model.norm.weight:exp_avg"
+    assert not equal(*saved) and saved[1][moment].norm() > 0.1 * saved[0][moment].norm()
+    assert timeless(train(train_sft, second, begun, "train.steps=2", "train.lr=1e-30",
+                          "train.weight_decay=0")) == timeless(lines)
+    line = refused(train_sft, second, "train.steps=3", begun, "train.lr=1e-30", "train.weight_decay=0",
+                   "reward.mode=product", "model.dtype=float64")
+    assert f"choose another run_dir (train.from={second.parent / 'run'} goes on from its weights)" in line
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(marks_checkpoint), "other"))
+    third = make_baseline(tmp_path / "c", marks_checkpoint, "sft")
+    for other in (run, tmp_path):
+        assert f"train.from={other} holds no checkpoints of a run with model.path={marks_checkpoint}" in refused(
+            train_sft, third, f"train.from={other}")
+
+
 # ------------------------------------------------------------------------------------------------ bad numbers
 
 def poison(monkeypatch, steps):

@@ -1,0 +1,165 @@
+"""logs.py and what hindsight.py does with it: files of any form, other fields and roles, the held-out share."""
+import json
+import sys
+
+import pytest
+
+import config
+import hindsight
+import logs
+from records import InputError
+from world import make_config, read_lines, write_lines
+
+# One conversation under other names, nested ones too, with a message of a third role.
+FOREIGN = {"meta": {"id": 7}, "about": "rashes", "talk": [
+    {"from": "system", "value": "Be kind."}, {"from": "human", "value": "I itch", "notes": {"symptom": "itch"}},
+    {"from": "bot", "value": "Where?", "wants": ["place"]},
+    {"from": "human", "value": "My arm", "notes": {"place": "arm"}}]}
+OURS = {"session_id": 7, "goal": "rashes", "messages": [
+    {"role": "user", "content": "I itch", "learned": {"symptom": "itch"}},
+    {"role": "assistant", "content": "Where?", "asks": ["place"]},
+    {"role": "user", "content": "My arm", "learned": {"place": "arm"}}]}
+FIELDS = ("{session_id: meta.id, goal: about, messages: talk, role: from, content: value, learned: notes, "
+          "asks: wants}")
+TERMS = [f"data.fields={FIELDS}", "data.roles={user: human, assistant: [agent, bot], ignore: system}"]
+
+
+def read(*files, **more):
+    return list(logs.rows(make_config(data__logs=[str(file) for file in files], **more)))
+
+
+def load(tmp_path, *overrides):
+    """A config of these keys alone."""
+    (tmp_path / "c.yaml").write_text(f"run_dir: {tmp_path / 'run'}\nhindsight: {{source: annotations}}")
+    return config.load([str(tmp_path / "c.yaml"), *overrides])
+
+
+def without(row, *names):
+    return {name: value for name, value in row.items() if name not in names}
+
+
+def test_fields_and_roles_of_other_names(tmp_path):
+    path = write_lines(tmp_path / "log.jsonl", [FOREIGN])
+    (place, row), = logs.rows(load(tmp_path, f"data.logs={path}", *TERMS))
+    assert place == f"{path}:1" and without(row, "meta") == OURS
+    sessions, held_out = hindsight.sessions(load(tmp_path, f"data.logs={path}", *TERMS))
+    assert [s.session_id for s in sessions] == ["7"] and not held_out and sessions[0].messages[1].asks == ["place"]
+
+
+def test_roles_may_change_places(tmp_path):
+    path = write_lines(tmp_path / "log.jsonl", [OURS])
+    (_, row), = read(path, data__roles={"user": ["assistant"], "assistant": ["user"]})
+    assert [m["role"] for m in row["messages"]] == ["assistant", "user", "assistant"]
+
+
+@pytest.mark.parametrize("row", [{"session_id": 1}, {"messages": None}, {"messages": ["Hi"]},
+                                 {"messages": [{"content": "no role"}]}, {"messages": [{"role": ["user"]}]}])
+def test_a_malformed_row_is_left_for_the_check(tmp_path, row):
+    path = write_lines(tmp_path / "log.jsonl", [row])
+    (_, found), = read(path, data__roles={"user": ["human"]})
+    assert found == row
+
+
+@pytest.mark.parametrize("name, text", [
+    ("a.json", json.dumps([OURS, OURS], indent=1)), ("b.json", f"{json.dumps(OURS)}\n{json.dumps(OURS)}\n"),
+    ("c.txt", f"{json.dumps(OURS)}\n\n{json.dumps(OURS)}")])
+def test_an_array_or_lines(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert [row for _, row in read(tmp_path / name)] == [OURS, OURS]
+
+
+def test_several_files_are_one_log(tmp_path, capsys, call):
+    """They are read in order; a session that stands in both is told with both places."""
+    paths = [write_lines(tmp_path / f"{x}.jsonl", [OURS | {"session_id": i} for i in (x, 9)]) for x in (1, 2)]
+    files = f"[{', '.join(map(str, paths))}]"
+    call(hindsight, tmp_path / "c.yaml" if load(tmp_path) else None, f"data.logs={files}")
+    out = capsys.readouterr().out
+    assert f"{paths[1]}:2: set aside: session_id '9' already stands in {paths[0]}:2" in out
+    assert {t["session_id"] for t in read_lines(tmp_path / "run" / "turns" / "train.jsonl")} == {"1", "2", "9"}
+
+
+BAD = [  # data.logs, other overrides; what the error says
+    ("gone.jsonl", "", "data.logs: no such file: gone.jsonl"),
+    ("tests", "", "data.logs: tests is a folder: name its files (corpora/ has readers of public corpora)"),
+    ("hf:owner/name", "", "cannot be read (the forms are FILE.parquet and hf:OWNER/NAME:SPLIT)"),
+    ("FILE", "data.eval_logs=gone.jsonl", "data.eval_logs: no such file: gone.jsonl"),
+    ("FILE", "data.fields={session: id}", "data.fields.session"),
+    ("FILE", "data.roles={human: user}", "data.roles.human"),
+    ("FILE", "data.split=2", "data.split must be at most 1"),
+    ("FILE", "data.fields={session_id: id}", "gave no turns: nothing was written (see above; data.fields and "
+     "data.roles tell what your logs call our fields and roles)"),
+    ("FILE", "data.split=1", "data.split=1.0 and data.valid_sessions=0 leave none of 1 sessions for "
+     "turns/train.jsonl: change them"),
+    ("FILE", "data.split=1e-9", "for turns/eval.jsonl: change them"),
+    ("EMPTY", "", "gave no turns"), ("ROLES", "", "gave no turns"),
+    ("PLAIN", "", "no user reveals anything, so all turns would be stops")]
+
+
+@pytest.mark.parametrize("source, more, says", BAD)
+def test_wrong_input_ends_in_one_line(tmp_path, refused, source, more, says):
+    load(tmp_path)
+    files = {"FILE": [OURS], "EMPTY": [], "ROLES": [FOREIGN | OURS | {"messages": FOREIGN["talk"]}],
+             "PLAIN": [OURS | {"messages": [without(m, "learned", "asks") for m in OURS["messages"]]}]}
+    if source in files:
+        source = write_lines(tmp_path / "log.jsonl", files[source])
+    assert says in refused(hindsight, tmp_path / "c.yaml", f"data.logs={source}", *filter(None, [more]))
+    assert not list((tmp_path / "run").glob("turns/*.jsonl"))
+
+
+def test_a_role_of_another_name_is_told_with_its_key(tmp_path, capsys, refused):
+    load(tmp_path)
+    path = write_lines(tmp_path / "log.jsonl", [{"session_id": 1, "messages": [{"role": "expert", "content": ""}]}])
+    with pytest.raises(InputError):
+        hindsight.main([str(tmp_path / "c.yaml"), f"data.logs={path}"])
+    assert "messages.0.role must be 'user' or 'assistant', not 'expert' (see data.roles)" in capsys.readouterr().out
+
+
+def test_what_needs_datasets_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match="hf:a/b:train needs the datasets library: pip install datasets"):
+        read("hf:a/b:train")
+
+
+@pytest.mark.extras
+def test_parquet_and_a_data_set(tmp_path):
+    """Parquet fills missing keys with null; the hub's loader reads a local folder too."""
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    path = folder / "train.parquet"
+    datasets.Dataset.from_list([OURS, OURS | {"session_id": 8}]).to_parquet(path)
+    config_of = make_config(data__logs=[str(path)], hindsight__source="annotations")
+    sessions, _ = hindsight.sessions(config_of)
+    assert [hindsight.utterances(s.messages)[0].learned for s in sessions] == [["symptom: itch"]] * 2
+    assert sessions[0].messages[0].asks is None and sessions[0].messages[1].asks == ["place"]
+    assert len(read(f"hf:{folder}:train")) == 2
+    with pytest.raises(InputError, match="hf:.*:test cannot be read .* [Uu]nknown split"):
+        read(f"hf:{folder}:test")
+
+
+def test_the_held_out_share(tmp_path):
+    """By session, stable: further logs, another order or another seed move no session."""
+    def parts(ids, **more):
+        path = write_lines(tmp_path / "log.jsonl", [OURS | {"session_id": i} for i in ids])
+        cfg = make_config(data__logs=[str(path)], **more)
+        return [{s.session_id for s in part} for part in hindsight.sessions(cfg)]
+
+    train, held_out = parts(range(400), data__split=0.2)
+    assert not train & held_out and len(train | held_out) == 400 and 60 < len(held_out) < 100
+    more = parts(reversed(range(600)), data__split=0.2, seed=3)
+    assert train <= more[0] and held_out <= more[1]
+    assert held_out <= parts(range(400), data__split=0.3)[1]
+    eval_logs = write_lines(tmp_path / "eval.jsonl", [OURS | {"session_id": "x"}])
+    assert parts(range(4), data__split=0.9, data__eval_logs=[str(eval_logs)])[1] == {"x"}
+
+
+def test_split_and_valid_sessions_divide_the_turns(tmp_path, call):
+    path = write_lines(tmp_path / "log.jsonl", [OURS | {"session_id": i} for i in range(40)])
+    cfg = load(tmp_path, f"data.logs={path}", "data.split=0.3", "data.valid_sessions=5")
+    call(hindsight, tmp_path / "c.yaml", f"data.logs={path}", "data.split=0.3", "data.valid_sessions=5",
+         f"data.turns={tmp_path / 'shared'}")
+    found = {name: {t["session_id"] for t in read_lines(tmp_path / "shared" / f"{name}.jsonl")}
+             for name in ("train", "valid", "eval")}
+    assert len(found["valid"]) == 5 and sum(map(len, found.values())) == 40
+    assert found["eval"] == {s.session_id for s in hindsight.sessions(cfg)[1]}
+    assert not (tmp_path / "run" / "turns").exists()  # the turns are where data.turns says
