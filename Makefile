@@ -2,6 +2,7 @@
 # make table1 [SEEDS=3]   the nine rows of Table 1 on the toy pharmacy; goes on where it was interrupted
 # make table2             Auto-Prompt behind a server that plays the language models: the base model, poor prompts,
 #                         calibrated prompts
+# make real LOGS=my.jsonl [SEEDS=3]  the whole way on your own logs: labels, lexicon, a small base model, SFT, GRPO, figures
 # make test               all tests; make test-fast: without the slow ones
 # make test-extras        the tests that compare with a package of requirements-extras.txt (TRL)
 # make lint               ruff and mypy (pyproject.toml)
@@ -22,7 +23,7 @@ OVERRIDES := $(if $(filter-out 0,$(SEED)),seed=$(SEED) model.path=$(ROOT)/world/
 	data.eval_logs=$(ROOT)/world/test.jsonl data.lexicon=$(ROOT)/world/lexicon.yaml)
 ROOTS = $(ROOT) $(foreach seed,$(shell seq 1 $(SEEDS)),$(if $(filter-out $(SEEDS),$(seed)),runs/toy-seed$(seed)))
 
-.PHONY: demo table1 table2 test test-fast test-extras lint bench world rows
+.PHONY: demo table1 table2 real test test-fast test-extras lint bench world rows
 .DELETE_ON_ERROR:
 
 demo: ROWS = base grpo
@@ -58,6 +59,23 @@ table2: rows
 		$(TORCHRUN) eval.py configs/toy/base.yaml run_dir=$(T2)/$$row model.path=$(T2)/train_$$row/export || exit 1; \
 	done
 	$(PY) eval.py --table runs/toy/base $(T2)/original $(T2)/calibrated
+
+# One lexicon for all seeds (a person may edit it); labels, base model and runs of each seed are its own.
+OWN := runs/own$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+OWN_KEYS = "data.logs=$(LOGS)" seed=$(SEED) data.turns=$(OWN)/turns
+real: .venv/installed
+	@test -n "$(LOGS)" || { echo "error: name your logs: make real LOGS=my.jsonl (docs/walk.md)" >&2; exit 2; }
+	$(PY) hindsight.py configs/own.yaml $(OWN_KEYS) run_dir=$(OWN)
+	test -f runs/own/lexicon.yaml || $(PY) -m corpora.lexicon mine configs/own.yaml $(OWN_KEYS) run_dir=$(OWN)
+	$(PY) -m corpora.base configs/own.yaml $(OWN_KEYS) model.path=$(OWN)/base_model
+	$(PY) table1.py configs/own/base.yaml configs/own/sft.yaml --nproc 2 --root $(OWN) $(OWN_KEYS) \
+		model.path=$(OWN)/base_model
+	$(PY) table1.py configs/own/grpo.yaml --nproc 2 --root $(OWN) $(OWN_KEYS) model.path=$(OWN)/sft/export
+	$(PY) eval.py --table $(OWN)/base $(OWN)/sft $(OWN)/grpo --sessions 3
+	for seed in $$(seq 1 $$(($(SEEDS) - 1))); do \
+		$(MAKE) real SEEDS=1 SEED=$$seed LOGS="$(LOGS)" || exit 1; done
+	$(if $(filter-out 1,$(SEEDS)),$(PY) eval.py --table $(foreach seed,$(shell seq 0 $$(($(SEEDS) - 1))), \
+		$(addprefix runs/own$(if $(filter-out 0,$(seed)),-seed$(seed))/,base sft grpo)))
 
 rows: world
 	$(PY) table1.py $(ROWS:%=configs/toy/%.yaml) --nproc 2 --root $(ROOT) $(SHOW) $(OVERRIDES)

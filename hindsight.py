@@ -527,11 +527,9 @@ def report_marks(path, turns):
 
     The 95% interval is Jeffreys', of a binomial proportion.
     """
-    def key(turn):
-        return turn.turn_id, turn.decision, *turn.target
-
-    now = set(map(key, turns))
-    marks = [mark for _, mark in read_records(path, Mark) if key(mark) in now]
+    now = {turn.turn_id: (turn.decision, turn.target) for turn in turns}
+    marks = [mark for _, mark in read_records(path, Mark)
+             if now.get(mark.turn_id) == (mark.decision, mark.target)]
     for name in ("target_right", "decision_right"):
         said = [mark for mark in map(attrgetter(name), marks) if mark is not None]
         right, wrong = said.count(True), said.count(False)

@@ -397,7 +397,7 @@ def write_turns(out, told, turns, strange):
     empty = dict.fromkeys("runs legend charts plotly".split(), "")
     write_text(out, PAGE.substitute(
         empty, title=f"{len(first)} of {len(turns)} training turns", made=f"{datetime.now():%Y-%m-%d %H:%M}",
-        table=f"<pre>{esc(told)}</pre>", groups=foldable(entries), figures="[]"))
+        table=f'<div class="scroll"><pre>{esc(told)}</pre></div>', groups=foldable(entries), figures="[]"))
     return out
 
 
