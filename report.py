@@ -41,7 +41,7 @@ FILES = "metrics.jsonl eval.json groups_before.jsonl groups_after.jsonl graded.j
 TURNS = 300  # training turns on hindsight.py's page
 SHOWN = 24  # turns of graded.jsonl to show where a run has no groups files
 COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #8c7ae6 #8a8a8a".split()  # six: Okabe-Ito
-PHASES = {"rollout_s": "sampling", "grade_s": "grading", "train_s": "training", "eval_s": "evaluation"}
+DASHES = "solid dot dash dashdot".split()
 VISIBLE = {c: 0x2400 + c for c in range(32) if c not in (9, 10)}  # control characters get a picture
 VISIBLE[127] = 0x2421
 VISIBLE |= dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000)), 0xFFFD)  # UTF-8 has no lone surrogates
@@ -79,7 +79,7 @@ Training
   Margin | margin | Mean implicit reward of the chosen response minus that of the rejected one.
   Implicit rewards | chosen_reward rejected_reward | Mean over pairs: solid chosen, dotted rejected.
 Time
-  By phase |  |
+  By phase | rollout_s grade_s train_s eval_s | Solid sampling, dots grading, dashes training, both evaluation.
 """.strip().splitlines():
     title, *rest = map(str.strip, line.split("|"))
     if rest:
@@ -209,7 +209,7 @@ def curves(runs, section, keys, window):
     evaluations, as points."""
     traces = []
     for run in runs:
-        for key, dash in zip(keys, ("solid", "dot")):
+        for key, dash in zip(keys, DASHES):
             x, y = series(run.steps, key)
             mode = "lines"
             if section == "Metrics" or section == "Reward" and not x:
@@ -231,16 +231,6 @@ def curves(runs, section, keys, window):
     return traces
 
 
-def times(run):
-    """Seconds of each step by phase, as stacked bars."""
-    bars = []
-    for (key, name), colour in zip(PHASES.items(), COLOURS[3:]):
-        x, y = series(run.steps, key)
-        if any(y):
-            bars.append({"type": "bar", "x": x, "y": y, "name": name, "marker": {"color": colour}})
-    return bars
-
-
 def swatch(name, colour):
     """A name and its colour, for a legend."""
     return f'<span class="key"><i style="background:{colour}"></i><bdi>{esc(name)}</bdi></span>'
@@ -258,19 +248,16 @@ def charts(runs):
     for section, note in zip(CHARTS, notes):
         boxes = ""
         for title, keys, caption in CHARTS[section]:
-            traces, layout = curves(runs, section, keys.split(), window), {}
-            if section == "Time" and len(runs) == 1:
-                traces, layout = times(runs[0]), {"barmode": "stack", "bargap": 0}
-                caption = "".join(swatch(bar["name"], bar["marker"]["color"]) for bar in traces)
+            traces = curves(runs, section, keys.split(), window)
             if not traces:
                 continue
             mode = "tozero"
             if section == "Training":
                 mode = "normal" if any(min(trace["y"]) < 0 for trace in traces) else "nonnegative"
-            layout["yaxis"] = {"type": "log"} if "gap" in keys else {"rangemode": mode}
+            axis = {"type": "log"} if "gap" in keys else {"rangemode": mode}
             boxes += (f'<figure><h3>{title}</h3><div class="plot" id="plot{len(figures)}"></div>'
                       f'<figcaption>{caption}</figcaption></figure>')
-            figures.append({"data": traces, "layout": layout})
+            figures.append({"data": traces, "layout": {"yaxis": axis}})
         if boxes:
             page += f'<h2>{section}</h2><p class="note">{note}</p><div class="charts">{boxes}</div>'
     return page, figures
