@@ -1,8 +1,8 @@
 """STAR -> a log: python -m corpora.star FOLDER out.jsonl
 
-FOLDER is a clone of RasaHQ/STAR, or its dialogues/. A wizard's message that the flow chart labels as the
-question for a slot has it as `asks`; of all others hindsight.py reads the question mark. What the user said
-stands in the wizard's queries: a value becomes `learned` at the first message of the user that holds it, else at
+FOLDER is a clone of RasaHQ/STAR, or its dialogues/. A wizard's message picked from the flow chart has as `asks`
+the slot that its label asks for, if any; of messages in the wizard's own words hindsight.py reads the question
+mark. What the user said stands in the wizard's queries: a value becomes `learned` at the first message of the user that holds it, else at
 the answer to the last question for it. Left out are values that the user neither wrote nor was asked for,
 alternatives, negations, and parameters that no flow chart asks for. Where a side disconnected during the
 dialogue, `success` is false.
@@ -62,7 +62,8 @@ trivia: {QuestionNum: trivia_question_number}
 weather: {City: weather_location, Day: weather_day}
 """)
 ASKED = {slot for slots in SLOTS.values() for slot in slots.values()}
-VALUE = r'(?:api\.(?!\w*not)\w+)?\W*([^"]*\w)\W*'  # 12, "9 am" or api.is_equal_to("9 am"), but no alternatives
+# 12, "9 am" or api.is_equal_to("9 am"), but no alternatives and nothing negated
+VALUE = r'(?:api\.(?!\w*not)\w+)?[\[("\s]*([^"]*[^]")\s])[])"\s]*'
 
 
 def place(value, replies, answer):
@@ -71,7 +72,7 @@ def place(value, replies, answer):
     answer: the reply to the last question for it, in a list. The value is searched as whole words, spaces apart
     ("9am"); a yes or no only in the answer, since it may answer anything else.
     """
-    words = re.compile(r"\b%s\b" % r"\s*".join(map(re.escape, value.split())), re.IGNORECASE)
+    words = re.compile(r"(?<!\w)%s(?!\w)" % r"\s*".join(map(re.escape, value.split())), re.IGNORECASE)
     where = answer if value.lower() in ("yes", "no", "true", "false") else replies
     return [reply for reply in where if words.search(reply["content"])][:1] or answer
 
@@ -82,7 +83,7 @@ def read(_, dialogue):
     for event in dialogue["Events"]:
         if event["Action"] in ("utter", "pick_suggestion"):
             slot = event.get("ActionLabel", "").replace("ask_", "")
-            ours = {"learned": {}} if event["Agent"] == "User" else {"asks": [slot]} if slot in ASKED else {}
+            ours = {"learned": {}} if event["Agent"] == "User" else {"asks": [slot][:slot in ASKED]} if slot else {}
             messages.append(message(event["Text"], **ours))
             if "learned" in ours:
                 replies.append(messages[-1])
