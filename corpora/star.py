@@ -1,11 +1,11 @@
 """STAR -> a log: python -m corpora.star FOLDER out.jsonl
 
 FOLDER is a clone of RasaHQ/STAR, or its dialogues/. A wizard's message picked from the flow chart has as `asks`
-the slot that its label asks for, if any; of messages in the wizard's own words hindsight.py reads the question
-mark. What the user said stands in the wizard's queries: a value becomes `learned` at the first message of the user that holds it, else at
-the answer to the last question for it. Left out are values that the user neither wrote nor was asked for,
-alternatives, negations, and parameters that no flow chart asks for. Where a side disconnected during the
-dialogue, `success` is false.
+the slot that its label asks for, if any. Of messages in the wizard's own words hindsight.py reads the question
+mark. What the user said stands in the wizard's queries: a value becomes `learned` at the first message of the
+user that holds it, else at the answer to the last question for it. Left out are values that the user neither
+wrote nor was asked for, alternatives, negations, and parameters that no flow chart asks for. Where a side
+disconnected during the dialogue, `success` is false.
 """
 import re
 
@@ -63,7 +63,7 @@ weather: {City: weather_location, Day: weather_day}
 """)
 ASKED = {slot for slots in SLOTS.values() for slot in slots.values()}
 # 12, "9 am" or api.is_equal_to("9 am"), but no alternatives and nothing negated
-VALUE = r'(?:api\.(?!\w*not)\w+)?[\[("\s]*([^"]*[^]")\s])[])"\s]*'
+VALUE = r'(?!api\.\w*not)(?:api\.\w+)?[\[("\s]*([^"]*[^]")\s])[])"\s]*'
 
 
 def place(value, replies, answer):
