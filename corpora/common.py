@@ -9,11 +9,12 @@ from tqdm import tqdm
 
 from records import InputError, write_jsonl
 
-MARKS = {"star": '"Events"', "multiwoz": '"turn_id"', "sgd": '"dialogue_id"'}  # the first that a file holds
+# A text that only the dialogues of a corpus hold, and those of the corpora above it
+MARKS = {"star": '"Events"', "multiwoz": '"turn_id"', "sgd": '"dialogue_id"'}
 
 
 def load(path, corpus=None):
-    """A JSON file -> its content. InputError: it is missing or broken, or holds dialogues of another corpus."""
+    """A JSON file -> its content. InputError: it is missing or broken, or holds another corpus."""
     try:
         text = path.read_text("utf-8")
         content = json.loads(text)
@@ -32,9 +33,9 @@ def message(text, **notes):
 
 
 def end(messages):
-    """How many messages there are up to what the assistant says once all was said that is asked or revealed.
+    """How many messages there are up to what the assistant says once all is asked and revealed.
 
-    >>> said = [message("Hi", learned={}), message("When?", asks=["day"]), message("Friday", learned={"day": 5})]
+    >>> said = [message("Hi", learned={}), message("When?", asks=["day"]), message("5", learned={"day": 5})]
     >>> end([*said, message("Booked."), message("Thanks", learned={}), message("Bye.")]), end(said[:1])
     (4, 0)
     """
@@ -53,7 +54,7 @@ def rows(paths, corpus, read, n):
                 if row["messages"]:
                     n["failed"] += row.get("success") is False
                     yield row
-        except (AttributeError, LookupError, TypeError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not as {corpus} was published ({error!r}): get it again")
 
 
@@ -64,7 +65,8 @@ def convert(corpus, read):
     folder, out = map(Path, sys.argv[1:])
     paths = sorted(folder.resolve().rglob("*[0-9].json"))
     if not paths:
-        raise InputError(f"{folder}: no such folder, or no dialogues in it (dialogues_001.json; STAR: 1.json)")
+        raise InputError(f"{folder}: no such folder, or no dialogues in it (dialogues_001.json, 1.json): "
+                         "name the folder of the corpus as published, or its folder of dialogues")
     if out.is_dir():
         raise InputError(f"{out} is a folder: name a file, such as {out / corpus}.jsonl")
     n = Counter()

@@ -1,12 +1,12 @@
 """MultiWOZ 2.2 -> a log: python -m corpora.multiwoz FOLDER out.jsonl
 
-FOLDER is data/MultiWOZ_2.2 of a clone of budzianowski/multiwoz, or one of its train/, dev/ and test/;
-schema.json and dialog_acts.json lie beside these. A session_id is SPLIT-ID. The system's Request acts become
-`asks`. What the user's state gains or changes becomes `learned` at that message. Free values (names, times)
-count only where the corpus marks them in the message, word for word or as copied from another slot: all others
-the system offered and the user accepted. A slot is named "hotel area". Booking acts do not tell their service:
-it is the active one that has the slot. The corpus does not say which sessions failed. The goals in data.json of
-MultiWOZ 2.1 are the user's and hold all values, so they are not for the expert.
+FOLDER is data/MultiWOZ_2.2 of a clone of budzianowski/multiwoz, or its train/, dev/ or test/; schema.json
+and dialog_acts.json lie beside these. A session_id is SPLIT-ID. The system's Request acts become `asks`.
+What the user's state gains or changes becomes `learned` at that message. Free values (names, times) count
+only where the corpus marks them in the message, as its words or as copied from another slot: all others
+the system offered and the user accepted. A slot is named "hotel area". Booking acts do not tell their
+service: it is the active one that has the slot. The corpus does not say which sessions failed. The goals
+in data.json of MultiWOZ 2.1 are the user's and hold all values, so they are not for the expert.
 """
 from corpora.common import convert, load
 from corpora.sgd import session
@@ -21,9 +21,10 @@ def read(path, dialogues):
     def found(turn, before):
         """What a user's turn says or a system's asks for, {slot: ways to say its value}."""
         if turn["speaker"] == "USER":
+            marked = {span["slot"] for frame in turn["frames"] for span in frame["slots"]}
             return {slot.replace("-", " "): ways for frame in turn["frames"]
                     for slot, ways in frame["state"]["slot_values"].items()
-                    if closed[slot] or "dontcare" in ways or any(span["slot"] == slot for span in frame["slots"])}
+                    if closed.get(slot) or "dontcare" in ways or slot in marked}
         active = [frame["service"] for frame in before["frames"] if frame["state"]["active_intent"] != "NONE"]
         told = acts.get(dialogue["dialogue_id"], {}).get(turn["turn_id"], {"dialog_act": {}})["dialog_act"]
         names = [f"{service}-{slot}".lower() for act, pairs in told.items() if "Request" in act

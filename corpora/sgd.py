@@ -1,10 +1,10 @@
 """Schema-Guided Dialogue -> a log: python -m corpora.sgd FOLDER out.jsonl
 
 FOLDER is a clone of google-research-datasets/dstc8-schema-guided-dialogue, or its train/, dev/ or test/.
-Dialogue ids recur across splits, so a session_id is SPLIT-ID. The system's REQUEST acts become `asks`. The
-user's INFORM acts become `learned`: what the user says, and not what the state takes over when the user
-accepts an offer or moves on to another service. A slot is named "restaurants city": its service's domain, its
-name. The corpus does not say which sessions failed: NOTIFY_FAILURE tells of one request.
+Dialogue ids recur across splits, so a session_id is SPLIT-ID. The system's REQUEST acts become `asks`.
+The user's INFORM acts become `learned`: what the user says, and not what the state takes over when the
+user accepts an offer or moves on to another service. A slot is named "restaurants city": its service's
+domain, its name. The corpus does not say which sessions failed: NOTIFY_FAILURE tells of one request.
 """
 from corpora.common import convert, load, message
 from records import cli
@@ -27,8 +27,9 @@ def session(path, dialogue, schema, found):
             known.update(slots)
         before = turn
     about = [service["description"] for service in schema if service["service_name"] in dialogue["services"]]
-    return {"session_id": f"{path.parent.name}-{dialogue['dialogue_id']}", "task": ", ".join(dialogue["services"]),
-            "goal": f"Find out what is needed for: {'; '.join(about)}", "messages": messages}
+    return {"session_id": f"{path.parent.name}-{dialogue['dialogue_id']}",
+            "goal": f"Find out what is needed for: {'; '.join(about)}",
+            "task": ", ".join(dialogue["services"]), "messages": messages}
 
 
 def found(turn, _):

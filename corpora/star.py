@@ -1,11 +1,11 @@
 """STAR -> a log: python -m corpora.star FOLDER out.jsonl
 
-FOLDER is a clone of RasaHQ/STAR, or its dialogues/. A wizard's message picked from the flow chart has as `asks`
-the slot that its label asks for, if any. Of messages in the wizard's own words hindsight.py reads the question
-mark. What the user said stands in the wizard's queries: a value becomes `learned` at the first message of the
-user that holds it, else at the answer to the last question for it. Left out are values that the user neither
-wrote nor was asked for, alternatives, negations, and parameters that no flow chart asks for. Where a side
-disconnected during the dialogue, `success` is false.
+FOLDER is a clone of RasaHQ/STAR, or its dialogues/. A wizard's message picked from the flow chart has as
+`asks` the slot that its label asks for, if any. Of messages in the wizard's own words hindsight.py reads
+the question mark. What the user said stands in the wizard's queries: a value becomes `learned` at the
+first message of the user that holds it, else at the answer to the last question for it. Left out are
+values that the user neither wrote nor was asked for, alternatives, negations, and parameters that no flow
+chart asks for. Where a side disconnected during the dialogue, `success` is false.
 """
 import re
 
@@ -32,10 +32,10 @@ doctor_schedule: *doctor
 hotel_book: {Name: hotel_hotel, CustomerName: name, StartDate: hotel_date_from, EndDate: hotel_date_to,
   CustomerRequest: hotel_customer_request}
 hotel_search: {Name: hotel_name, Location: hotel_location, Cost: hotel_price, AverageRating: hotel_rating}
-hotel_service_request: {Name: hotel_hotel, CustomerName: name, RoomNumber: hotel_room_number, Time: hotel_time,
-  CustomerRequest: hotel_service_request}
-meeting_schedule: {Name: meeting_guest_name, UserName: name, Day: meeting_day, StartTimeHour: meeting_start_time,
-  EndTimeHour: meeting_end_time, MeetingReason: meeting_reason}
+hotel_service_request: {Name: hotel_hotel, CustomerName: name, RoomNumber: hotel_room_number,
+  Time: hotel_time, CustomerRequest: hotel_service_request}
+meeting_schedule: {Name: meeting_guest_name, UserName: name, Day: meeting_day,
+  StartTimeHour: meeting_start_time, EndTimeHour: meeting_end_time, MeetingReason: meeting_reason}
 party_plan: {Name: party_venue, HostName: name, Day: party_day, StartTimeHour: party_starting_time,
   NumberGuests: party_number_of_guests, FoodRequest: party_food, DrinksRequest: party_drinks}
 party_rsvp: {Name: party_venue, HostName: party_host, GuestName: name, ArrivalTime: party_arrival_time,
@@ -67,10 +67,10 @@ VALUE = r'(?!api\.\w*not)(?:api\.\w+)?[\[("\s]*([^"]*[^]")\s])[])"\s]*'
 
 
 def place(value, replies, answer):
-    """The message, of all that the user wrote (replies), that reveals a value, in a list; [] if none does.
+    """The first of the user's messages (replies) that reveals a value, in a list; [] if none does.
 
-    answer: the reply to the last question for it, in a list. The value is searched as whole words, spaces apart
-    ("9am"); a yes or no only in the answer, since it may answer anything else.
+    answer: the reply to the last question for it, in a list. The value is searched as whole words, spaces
+    apart ("9am"); a yes or no only in the answer, since elsewhere it may answer anything.
     """
     words = re.compile(r"(?<!\w)%s(?!\w)" % r"\s*".join(map(re.escape, value.split())), re.IGNORECASE)
     where = answer if value.lower() in ("yes", "no", "true", "false") else replies
@@ -83,9 +83,10 @@ def read(_, dialogue):
     for event in dialogue["Events"]:
         if event["Action"] in ("utter", "pick_suggestion"):
             slot = event.get("ActionLabel", "").replace("ask_", "")
-            ours = {"learned": {}} if event["Agent"] == "User" else {"asks": [slot][:slot in ASKED]} if slot else {}
-            messages.append(message(event["Text"], **ours))
-            if "learned" in ours:
+            asks = {"asks": [slot][:slot in ASKED]} if slot else {}
+            notes = {"learned": {}} if event["Agent"] == "User" else asks
+            messages.append(message(event["Text"], **notes))
+            if "learned" in notes:
                 replies.append(messages[-1])
             asked[slot] = len(replies)
         for pair in event.get("Constraints", ()):
@@ -96,8 +97,8 @@ def read(_, dialogue):
                 for reply in place(value[1], replies, answer):
                     reply["learned"].setdefault(slot, value[1])
     tasks = ", ".join(can["Task"] for can in dialogue["Scenario"]["WizardCapabilities"])
-    yield {"session_id": f"star-{dialogue['DialogueID']}", "goal": f"Find out what is needed for: {tasks}",
-           "task": tasks, "messages": messages,
+    yield {"session_id": f"star-{dialogue['DialogueID']}", "task": tasks, "messages": messages,
+           "goal": f"Find out what is needed for: {tasks.replace('_', ' ')}",
            "success": False if dialogue["CompletionLevel"].endswith("DuringDialogue") else None}
 
 

@@ -1,4 +1,4 @@
-"""corpora/: sessions in the forms that the corpora are published in, worked out by hand, and every refusal."""
+"""corpora/: a session of each corpus in its published form, worked out by hand, and every refusal."""
 import json
 
 import pytest
@@ -43,19 +43,19 @@ def convert(call, tmp_path):
     return convert
 
 
-# --------------------------------------------------------------------------------------- Schema-Guided Dialogue
+# ------------------------------------------------------------------------------------- Schema-Guided Dialogue
 
 def sgd_turn(speaker, text, *acts, service="Cafes_1", **state):
     frame = {"service": service, "slots": [], "actions": [
-        {"act": act, "slot": slot, "values": values, "canonical_values": values} for act, slot, *values in acts]}
+        {"act": act, "slot": slot, "values": values} for act, slot, *values in acts]}
     if speaker == "USER":
         frame["state"] = {"active_intent": "Book", "requested_slots": [], "slot_values": state}
     return {"speaker": speaker, "utterance": text, "frames": [frame]}
 
 
 SGD = {"dialogue_id": "1_00000", "services": ["Cafes_1"], "turns": [
-    sgd_turn("USER", "A table in Oslo, please.", ("INFORM_INTENT", "intent", "Book"), ("INFORM", "city", "Oslo"),
-             city=["Oslo"]),
+    sgd_turn("USER", "A table in Oslo, please.", ("INFORM_INTENT", "intent", "Book"),
+             ("INFORM", "city", "Oslo"), city=["Oslo"]),
     sgd_turn("SYSTEM", "What time? And is it for tea?", ("REQUEST", "time"), ("REQUEST", "drink", "tea")),
     sgd_turn("USER", "At 8, in Oslo.", ("INFORM", "time", "8"), ("INFORM", "city", "Oslo"),
              city=["Oslo"], time=["8", "20:00"]),
@@ -81,25 +81,28 @@ def sgd_folder(put):
 def test_sgd(sgd_folder, convert, capsys, tmp_path):
     rows = convert(sgd)
     assert rows["train-1_00000"] == {
-        "session_id": "train-1_00000", "task": "Cafes_1", "goal": "Find out what is needed for: Find and book cafes",
+        "session_id": "train-1_00000", "task": "Cafes_1",
+        "goal": "Find out what is needed for: Find and book cafes",
         "messages": [
             user("A table in Oslo, please.", {"cafes city": "Oslo"}),
             expert("What time? And is it for tea?", "cafes time", "cafes drink"),
             user("At 8, in Oslo.", {"cafes time": "8"}),
             expert("How about Fika?"),
             user("Fine, but make it 9.", {"cafes time": "9"}),
-            expert("Please confirm: Fika at 9.")]}  # what the assistant says after the last revelation is the end
+            expert("Please confirm: Fika at 9.")]}  # the end: what the assistant says when all is revealed
     assert capsys.readouterr().out == (
-        f"{tmp_path}/out.jsonl: 2 sessions (0 with success: false), 12 messages, 6 user messages with learned, "
-        "2 assistant messages with asks; set aside: 2 sessions in which nothing is asked or revealed\n")
+        f"{tmp_path}/out.jsonl: 2 sessions (0 with success: false), 12 messages, 6 user messages "
+        "with learned, 2 assistant messages with asks; set aside: 2 sessions in which nothing is asked or "
+        "revealed\n")
     assert list(rows) == ["dev-1_00000", "train-1_00000"]
     assert convert(sgd, "corpus/train") == {"train-1_00000": rows["train-1_00000"]}
 
 
-# ------------------------------------------------------------------------------------------------ MultiWOZ 2.2
+# ----------------------------------------------------------------------------------------------- MultiWOZ 2.2
 
 def woz_user(i, text, marked=(), **states):
-    frames = [{"service": service, "actions": [], "slots": [{"slot": slot} for slot in marked if service in slot],
+    frames = [{"service": service, "actions": [],
+               "slots": [{"slot": slot} for slot in marked if service in slot],
                "state": {"active_intent": intent, "requested_slots": [], "slot_values": slots}}
               for service, (intent, slots) in states.items()]
     return {"turn_id": str(i), "speaker": "USER", "utterance": text, "frames": frames}
@@ -124,20 +127,23 @@ WOZ = {"dialogue_id": "MUL1.json", "services": ["hotel", "taxi"], "turns": [
              taxi=("find_taxi", TAXI)),
     woz_system(7, "Where to?"),
     woz_user(8, "To Jesus College.", ["taxi-destination"], hotel=("NONE", BOOKED),
-             taxi=("NONE", {**TAXI, "taxi-destination": ["jesus college"], "taxi-leaveat": ["after 5", "17:45"]})),
+             taxi=("NONE", {"taxi-destination": ["jesus college"], "taxi-leaveat": ["after 5", "17:45"]})),
     woz_system(9, "Your taxi is booked."),
     woz_user(10, "Thanks", hotel=("NONE", BOOKED), taxi=("NONE", TAXI)),
     woz_system(11, "Bye")]}
 ACTS = {"MUL1.json": {
     "0": {"dialog_act": {"Hotel-Inform": [["area", "north"]]}},
-    "1": {"dialog_act": {"Hotel-Request": [["parking", "?"], ["none", "none"]], "Hotel-Inform": [["name", "Elm"]]}},
+    "1": {"dialog_act": {"Hotel-Request": [["parking", "?"], ["none", "none"]],
+                         "Hotel-Inform": [["name", "Elm"]]}},
     "3": {"dialog_act": {"Booking-Request": [["bookstay", "?"]]}},
     "7": {"dialog_act": {"Taxi-Request": [["destination", "?"]], "general-reqmore": [["none", "none"]]}}}}
 WOZ_SCHEMA = [
     {"service_name": "hotel", "description": "a place to stay", "intents": [], "slots": [
-        {"name": f"hotel-{name}", "is_categorical": name != "name"} for name in ("area", "name", "bookstay", "parking")]},
+        {"name": f"hotel-{name}", "is_categorical": name != "name"}
+        for name in ("area", "name", "bookstay", "parking")]},
     {"service_name": "taxi", "description": "get around", "intents": [], "slots": [
-        {"name": f"taxi-{name}", "is_categorical": False} for name in ("departure", "destination", "leaveat")]}]
+        {"name": f"taxi-{name}", "is_categorical": False}
+        for name in ("departure", "destination", "leaveat")]}]
 
 
 @pytest.fixture
@@ -165,7 +171,7 @@ def test_multiwoz(woz_folder, convert):
             expert("Your taxi is booked.")]}}
 
 
-# -------------------------------------------------------------------------------------------------------- STAR
+# ------------------------------------------------------------------------------------------------------- STAR
 
 def said(text, **more):
     return {"Agent": "User", "Action": "utter", "Text": text, **more}
@@ -200,7 +206,7 @@ STAR = {
         {"Agent": "KnowledgeBase", "Action": "return_item", "Item": {}},
         {"Agent": "Wizard", "Action": "utter", "Text": "Shall I book?"},
         said("Make it 10 am."),
-        query("apartment_schedule", **{**WANTS, "StartTimeHour": 'api.is_equal_to("10 am")', "RequestType": '"Book"'}),
+        query("apartment_schedule", **WANTS | {"StartTimeHour": 'api.is_equal_to("10 am")'}),
         picked("apartment_inform_booking_successful", "Done."),
         said("Bye"),
         {"Agent": "User", "Action": "complete"}]}
@@ -215,7 +221,7 @@ def test_star(put, convert, capsys):
     rows = convert(star)
     assert list(rows) == ["star-7", "star-8"] and rows["star-8"]["success"] is False
     assert rows["star-7"] == {
-        "session_id": "star-7", "goal": "Find out what is needed for: apartment_schedule",
+        "session_id": "star-7", "goal": "Find out what is needed for: apartment schedule",
         "task": "apartment_schedule", "success": None, "messages": [
             user("Hello, no hurry. North Hill at 9am?", {"apartment_start_time": "9 am"}),
             expert("Your name?", "name"),
@@ -233,14 +239,16 @@ def test_star(put, convert, capsys):
 @pytest.mark.parametrize("value, wanted", [
     ('"9 am"', "9 am"), (3, "3"), (" 84318 ", "84318"), ('api.is_equal_to("Dr. Johnson")', "Dr. Johnson"),
     ('api.is_equal_to(["9th"])', "9th"), ("api.is_at_most(16)", "16"), ('"$500 are gone."', "$500 are gone."),
-    ("api.is_not(3)", None), ('api.contains_not("x")', None), ('api.is_one_of(["Uber","Lyft"])', None), ("", None)])
+    ("api.is_not(3)", None), ('api.contains_not("x")', None), ('api.is_one_of(["Uber","Lyft"])', None),
+    ("", None)])
 def test_star_value(put, convert, value, wanted):
-    events = [picked("ride_ask_booking_number", "The number?"), said("That one."), query("ride_status", id=value)]
+    events = [picked("ride_ask_booking_number", "The number?"), said("That."), query("ride_status", id=value)]
     put("1.json", STAR | {"Events": events})
-    assert convert(star)["star-7"]["messages"][1]["learned"] == ({"ride_booking_number": wanted} if wanted else {})
+    learned = convert(star)["star-7"]["messages"][1]["learned"]
+    assert learned == ({"ride_booking_number": wanted} if wanted else {})
 
 
-# ---------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------- refusals
 
 FILES = {"sgd": ("train/dialogues_001.json", [SGD]), "multiwoz": ("train/dialogues_001.json", [WOZ]),
          "star": ("dialogues/1.json", STAR)}
