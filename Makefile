@@ -86,7 +86,7 @@ world: .venv/installed
 # On a machine with a GPU its tests run apart: all others are tests of the CPU path, with CUDA hidden.
 PYTEST := $(PY) -m pytest -q
 ALL_CORES := -n auto
-CODE := --doctest-modules *.py toy tests
+CODE := --doctest-modules *.py toy corpora tests
 
 test: .venv/dev
 	$(PYTEST) $(ALL_CORES) $(CODE)

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from corpora import multiwoz, sgd, star
+from corpora.common import end, message
 from hindsight import check_session
 from records import Session, read_jsonl
 
@@ -119,7 +120,7 @@ TAXI = {"taxi-departure": ["elm"], "taxi-leaveat": ["17:45", "after 5"]}
 WOZ = {"dialogue_id": "MUL1.json", "services": ["hotel", "taxi"], "turns": [
     woz_user(0, "A room in the north?", hotel=("find_hotel", AREA), taxi=("NONE", {})),
     woz_system(1, "Do you need parking? There is the Elm."),
-    woz_user(2, "The Elm is fine.", hotel=("find_hotel", AREA), taxi=("NONE", {})),
+    woz_user(2, "The Elm is fine.", camp=("NONE", {}), hotel=("find_hotel", AREA), taxi=("NONE", {})),
     woz_system(3, "How long will you stay?"),
     woz_user(4, "Two nights. Parking as you like.", hotel=("book_hotel", BOOKED), taxi=("NONE", {})),
     woz_system(5, "Booked at the Elm. Anything else?"),
@@ -138,8 +139,10 @@ ACTS = {"MUL1.json": {
     "3": {"dialog_act": {"Booking-Request": [["bookstay", "?"]]}},
     "7": {"dialog_act": {"Taxi-Request": [["destination", "?"]], "general-reqmore": [["none", "none"]]}}}}
 WOZ_SCHEMA = [
+    {"service_name": "camp", "description": "a tent", "intents": [], "slots": [
+        {"name": "camp-bookstay", "is_categorical": True}]},
     {"service_name": "hotel", "description": "a place to stay", "intents": [], "slots": [
-        {"name": f"hotel-{name}", "is_categorical": name != "name"}
+        {"name": f"hotel-{name}", "is_categorical": name in ("area", "bookstay")}
         for name in ("area", "name", "bookstay", "parking")]},
     {"service_name": "taxi", "description": "get around", "intents": [], "slots": [
         {"name": f"taxi-{name}", "is_categorical": False}
@@ -194,7 +197,7 @@ STAR = {
                  "WizardTask": "Help.", "WizardCapabilities": [{"Task": "apartment_schedule"}]},
     "Events": [
         {"Agent": "UserGuide", "Action": "instruct", "Text": "Say hello."},
-        said("Hello, no hurry. North Hill at 9am?"),
+        said("Hello, no hurry, Benjamin. North Hill at 9am?"),
         {"Agent": "Wizard", "Action": "request_suggestions", "Text": "name"},
         picked("ask_name", "Your name?"),
         said("Ben"),
@@ -206,7 +209,7 @@ STAR = {
         {"Agent": "KnowledgeBase", "Action": "return_item", "Item": {}},
         {"Agent": "Wizard", "Action": "utter", "Text": "Shall I book?"},
         said("Make it 10 am."),
-        query("apartment_schedule", **WANTS | {"StartTimeHour": 'api.is_equal_to("10 am")'}),
+        query("apartment_schedule", **WANTS | {"StartTimeHour": '"10 am"', "Name": '"Hill Apts"'}),
         picked("apartment_inform_booking_successful", "Done."),
         said("Bye"),
         {"Agent": "User", "Action": "complete"}]}
@@ -223,7 +226,7 @@ def test_star(put, convert, capsys):
     assert rows["star-7"] == {
         "session_id": "star-7", "goal": "Find out what is needed for: apartment schedule",
         "task": "apartment_schedule", "success": None, "messages": [
-            user("Hello, no hurry. North Hill at 9am?", {"apartment_start_time": "9 am"}),
+            user("Hello, no hurry, Benjamin. North Hill at 9am?", {"apartment_start_time": "9 am"}),
             expert("Your name?", "name"),
             user("Ben", {"name": "Ben"}),
             expert("Which apartment?", "apartment_apartment_name"),
@@ -248,6 +251,14 @@ def test_star_value(put, convert, value, wanted):
     assert learned == ({"ride_booking_number": wanted} if wanted else {})
 
 
+def test_end():
+    """A question, more of the assistant's, its reply, two messages of the assistant; then nothing of use."""
+    ask, say, hear = message("When?", asks=["day"]), message("Well."), message("Hm", learned={})
+    assert end([hear, ask, say, hear, hear, say, say, hear, say]) == 7
+    assert end([hear, say, hear]) == end([]) == 0
+    assert end([ask]) == 1 and end([say, message("Friday", learned={"day": "Friday"})]) == 2
+
+
 # --------------------------------------------------------------------------------------------------- refusals
 
 FILES = {"sgd": ("train/dialogues_001.json", [SGD]), "multiwoz": ("train/dialogues_001.json", [WOZ]),
@@ -268,14 +279,17 @@ def test_another_corpus(refused, put, tmp_path, reader, looks):
 @pytest.mark.parametrize("text, says", [
     ("version https://git-lfs.github.com/spec/v1\noid sha256:1", "git lfs pull"),
     ('[{"dialogue_id": ', "Expecting value: line 1"), ("[{}]", "not as sgd was published (KeyError"),
-    ('[{"dialogue_id": "1", "turns": 3}]', "not as sgd was published (TypeError"), ('"1"', "not as sgd was"),
-    ("{}", None)])
-def test_broken_file(refused, call, sgd_folder, put, tmp_path, text, says):
+    ('[{"dialogue_id": "1", "turns": 3}]', "not as sgd was published (TypeError"), ('"1"', "not as sgd was")])
+def test_broken_file(refused, sgd_folder, put, tmp_path, text, says):
     put("train/dialogues_002.json", text)
-    if says:
-        error = refused(sgd, tmp_path / "corpus", tmp_path / "out.jsonl")
-        assert "train/dialogues_002.json" in error and says in error
-        assert list(tmp_path.iterdir()) == [tmp_path / "corpus"]
+    error = refused(sgd, tmp_path / "corpus", tmp_path / "out.jsonl")
+    assert "train/dialogues_002.json" in error and says in error
+    assert list(tmp_path.iterdir()) == [tmp_path / "corpus"]
+
+
+def test_broken_constraint(refused, put, tmp_path):
+    put("1.json", STAR | {"Events": [query("ride_status", id="1", CustomerName="Ben") | {"Constraints": [{}]}]})
+    assert "1.json is not as star was" in refused(star, tmp_path / "corpus", tmp_path / "out.jsonl")
 
 
 def test_missing(refused, put, tmp_path):
