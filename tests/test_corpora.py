@@ -259,7 +259,7 @@ def test_end():
     assert end([ask]) == 1 and end([say, message("Friday", learned={"day": "Friday"})]) == 2
 
 
-# --------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------ refusals
 
 FILES = {"sgd": ("train/dialogues_001.json", [SGD]), "multiwoz": ("train/dialogues_001.json", [WOZ]),
          "star": ("dialogues/1.json", STAR)}
