@@ -79,7 +79,7 @@ Training
   Margin | margin | Mean implicit reward of the chosen response minus that of the rejected one.
   Implicit rewards | chosen_reward rejected_reward | Mean over pairs: solid chosen, dotted rejected.
 Time
-  By phase | rollout_s grade_s train_s eval_s | Solid sampling, dots grading, dashes training, both evaluation.
+  By phase | rollout_s grade_s train_s eval_s | Sampling, grading, training, evaluation: solid to dash-dotted.
 """.strip().splitlines():
     title, *rest = map(str.strip, line.split("|"))
     if rest:

@@ -325,7 +325,8 @@ def check_failed(run, groups):
                              f"reward.max_failed={most} of them (the last on this rank: "
                              f"{run.judge.grader.tally.why}): look at the grader "
                              f"({run.cfg.llm.grader.model}). Once it answers, the same command goes on from "
-                             f"here; with another prompt or model, a new run_dir with train.from={run.dir}")
+                             f"here; with another prompt or model, a new run_dir with train.from="
+                             f"{run.cfg.run_path}")
 
 
 def evaluate(run):
