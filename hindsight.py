@@ -431,10 +431,10 @@ def usable(cfg, name, tally, goal, not_in=()):
 
 def sessions(cfg):
     """-> (training sessions, held-out sessions) of a config, those that hindsight.py uses."""
-    tally, goal = Tally(cfg.data.logs), cfg.data.goal
-    parts = [], list(usable(cfg, "eval_logs", Tally([]), goal)) if cfg.data.eval_logs else []
+    tally, goal, parts = Tally([]), cfg.data.goal, ([], [])
     for session in usable(cfg, "logs", tally, goal):
         parts[logs.is_held_out(session.session_id, cfg.data)].append(session)
+    parts[1].extend(usable(cfg, "eval_logs", Tally([]), goal, tally.seen))
     return parts
 
 

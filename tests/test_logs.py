@@ -149,8 +149,8 @@ def test_the_held_out_share(tmp_path):
     more = parts(reversed(range(600)), data__split=0.2, seed=3)
     assert train <= more[0] and held_out <= more[1]
     assert held_out <= parts(range(400), data__split=0.3)[1]
-    eval_logs = write_lines(tmp_path / "eval.jsonl", [OURS | {"session_id": "x"}])
-    assert parts(range(4), data__split=0.9, data__eval_logs=[str(eval_logs)])[1] == {"x"}
+    eval_logs = write_lines(tmp_path / "eval.jsonl", [OURS | {"session_id": i} for i in ("x", 2)])
+    assert parts(range(4), data__split=0.9, data__eval_logs=[str(eval_logs)]) == [{"0", "1", "2", "3"}, {"x"}]
 
 
 def test_split_and_valid_sessions_divide_the_turns(tmp_path, call):
