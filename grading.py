@@ -53,15 +53,15 @@ def open_judge(cfg):
     Raises InputError where the lexicon, the turns or the language model are missing.
     """
     grader = garbled = None
-    if cfg.reward.grader == "rules":
-        config.need(cfg, "data.lexicon")
+    lex = lexicon.load(cfg.data.lexicon) if cfg.data.lexicon else None
     if cfg.reward.grader == "llm":
         grader = llm.open_source("grader", cfg)
-    elif cfg.reward.wording:
-        turns = load_turns(cfg, "train")
-        heard = (m.content for turn in turns for m in turn.context[-2:])
-        garbled = wording.learn([turn.expert or "" for turn in turns], heard)
-    lex = lexicon.load(cfg.data.lexicon) if cfg.data.lexicon else None
+    else:
+        config.need(cfg, "data.lexicon")
+        if cfg.reward.wording:
+            turns = load_turns(cfg, "train")
+            heard = (m.content for turn in turns for m in turn.context[-2:])
+            garbled = wording.learn([turn.expert or "" for turn in turns], heard, lex)
     return Judge(lex, grader, cfg.reward, cfg.hindsight.many_valued, garbled)
 
 
@@ -81,6 +81,7 @@ def grader_messages(prompt, turn, response):
 def grade_one(turn, response, judge, verdict=None):
     """One response -> Rollout. verdict: the language model's Grade (None: it failed, or was not asked)."""
     how, truth, decided = judge.reward, turn.decision, reward.decision(response)
+    lex = judge.lexicon and judge.lexicon.at(turn.goal)
     right = reward.r_s(truth, decided)
     asked = needs_grader(truth, response, judge)
     if not right or decided == "stop":
@@ -88,13 +89,13 @@ def grade_one(turn, response, judge, verdict=None):
     elif asked:
         r_a = verdict and verdict.score
     else:
-        r_a = reward.r_a_rules(turn, response, judge.lexicon, judge.many_valued, judge.garbled)
+        r_a = reward.r_a_rules(turn, response, lex, judge.many_valued, judge.garbled)
     if not (right or how.omega_when_wrong == "score"):
         omega = 0.0
     elif asked and how.omega == "llm":
         omega = verdict and reward.OMEGA.get(verdict.questions, 0.0)
     else:
-        omega = reward.omega_rule(response, decided, judge.lexicon)
+        omega = reward.omega_rule(response, decided, lex)
     return Rollout(turn_id=turn.turn_id, session_id=turn.session_id, sample=0, response=response, truth=truth,
                    decision=decided, r_a=r_a, r_s=right, omega=omega,
                    reward=reward.fuse(r_a, right, omega, how.mode, how.beta))

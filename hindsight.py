@@ -224,7 +224,8 @@ class Extractor:
         lex = lexicon.load(cfg.data.lexicon) if cfg.data.lexicon else None
         self.goal = cfg.data.goal or (lex.goal if lex else "")
         self.source = llm.open_source("extractor", cfg) if how.source == "llm" else None
-        self.at_once = partial(extract_rules, lex=lex) if how.source == "rules" else extract_annotations
+        self.at_once = (lambda goal: partial(extract_rules, lex=lex.at(goal)) if how.source == "rules"
+                        else extract_annotations)
 
     def read(self, sessions):
         """Yield (session, readings) in input order. Each reading is a function: utterances -> items of each.
@@ -233,7 +234,7 @@ class Extractor:
         """
         if not self.source:
             for session in sessions:
-                yield session, [self.at_once]
+                yield session, [self.at_once(session.goal)]
             return
         for session, replies in llm.in_order(self.source, sessions, self.ask):
             yield session, [reply.by_utterance for reply in replies if reply]

@@ -1,8 +1,9 @@
 """The rules that hindsight (what did the user reveal?) and the rules grader (what is asked for?) share.
 
-A lexicon is a YAML file. It holds bare yes / no answers, words that open a question and generic questions.
-For each attribute it says how a question asks for it and which words of a user give its value. For each
-complaint it names the attributes that matter.
+A lexicon is a YAML file. It holds bare yes / no answers, words that open a question, words that open a request
+(which asks without a question mark: "please tell me") and generic questions. For each attribute it says how
+a question asks for it and which words of a user give its value; and, where it belongs to some goals alone, to
+which. For each complaint it names the attributes that matter.
 
     lex = lexicon.load("lexicon.yaml")
     lexicon.asked("How long have you had it?", lex)            # ["duration"]
@@ -13,7 +14,7 @@ match inside a longer ASCII word ("no" is not in "not"); other scripts need no s
 matches overlap the longest wins ("no fever" beats "fever").
 """
 import re
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -76,6 +77,7 @@ class Attribute(Entry):
     asks: Patterns  # in a question
     values: dict[str, Patterns] = {}  # in a user's words, by value
     yes_no: Literal["true", "false"] = "false"  # does a bare yes or no answer it?
+    goals: Patterns = []  # in the goal of a conversation in which it may be asked for; empty: in any
 
     @model_validator(mode="after")
     def has_values(self):
@@ -97,6 +99,7 @@ class Lexicon(Entry):
     no: Patterns
     openers: Patterns  # empty: a question may begin with anything
     generic_questions: Patterns
+    requests: Patterns = []  # a sentence that begins with one asks, also without a question mark
     attributes: dict[str, Attribute]
     complaints: dict[str, Complaint]
 
@@ -110,6 +113,15 @@ class Lexicon(Entry):
                 if attribute not in self.attributes:
                     raise ValueError(f"complaints.{name}.attributes: no attribute is called {attribute!r}")
         return self
+
+    __hash__ = object.__hash__
+
+    @lru_cache
+    def at(self, goal):
+        """The lexicon at a goal (a text or None): without the attributes of other goals."""
+        here = {name: entry for name, entry in self.attributes.items()
+                if not entry.goals or find(goal or "", enumerate(entry.goals))}
+        return Lexicon.model_construct(**vars(self) | {"attributes": here})
 
     @cached_property
     def asks(self):
@@ -174,10 +186,11 @@ def words(text):
     return _WORD.findall(_straight(text.lower()))
 
 
-def sentences(text):
+def sentences(text, lex=None):
     """Cut at sentence ends and line breaks -> [(sentence, does it end in a question mark of any script?)].
 
-    A run of marks ends one sentence; pieces without a letter or digit are none.
+    A run of marks ends one sentence; pieces without a letter or digit are none. With a lexicon, a sentence
+    that begins with one of its requests counts as if it ended in a question mark.
 
     >>> sentences("I see. How long?! 多久了？？ Over 38.5, e.g. at night")
     [('I see', False), ('How long', True), ('多久了', True), ('Over 38.5, e.g. at night', False)]
@@ -185,17 +198,18 @@ def sentences(text):
     [('Πόσο καιρό', True), ('Look:', False)]
     """
     pieces = [*_END.split(_URL.sub("", text)), "."]
-    return [(piece.strip(), end in QUESTION_MARKS + ";") for piece, end in zip(pieces[::2], pieces[1::2])
-            if any(map(str.isalnum, piece))]
+    requests = lex and lex.requests
+    return [(piece.strip(), end in QUESTION_MARKS + ";" or bool(requests) and _opens(piece, requests, lex))
+            for piece, end in zip(pieces[::2], pieces[1::2]) if any(map(str.isalnum, piece))]
 
 
-def questions(text):
-    """How many questions a text holds, by question marks ("??" and "?!" are one).
+def questions(text, lex=None):
+    """How many questions a text holds, by question marks ("??" and "?!" are one) and a lexicon's requests.
 
     >>> [questions(t) for t in ("How long?? Fever?!", "Tell me.", "؟", "多久了？")]
     [2, 0, 0, 1]
     """
-    return sum(is_question for _, is_question in sentences(text))
+    return sum(is_question for _, is_question in sentences(text, lex))
 
 
 _COURTESY = re.compile(  # a whole sentence
@@ -221,12 +235,12 @@ def asked(text, lex, strict=True):
     """Attributes a text asks for, in order, each once.
 
     strict (for responses to be graded): [] unless every sentence that holds a cue is a well-formed question.
-    Not strict (for what an expert wrote): every cue in a sentence that ends in a question mark counts.
+    Not strict (for what an expert wrote): every cue in a sentence that asks (see sentences) counts.
     """
     if strict and not _tidy(text):
         return []
     found = []
-    for sentence, is_question in sentences(text):
+    for sentence, is_question in sentences(text, lex):
         cues = find(sentence, lex.asks) if strict or is_question else []
         if strict and cues and not (is_question and _well_formed(sentence, lex)):
             return []
@@ -236,11 +250,11 @@ def asked(text, lex, strict=True):
 
 def asks_generic(text, lex):
     """Is this a well-formed question for nothing in particular ("Anything else?"), without a cue anywhere?"""
-    pieces = sentences(text)
+    pieces = sentences(text, lex)
     if not _tidy(text) or any(find(sentence, lex.asks) for sentence, _ in pieces):
         return False
-    generic = [(None, p) for p in lex.generic_questions]
-    return any(is_question and find(s, generic) and _well_formed(s, lex) for s, is_question in pieces)
+    return any(is_question and find(s, enumerate(lex.generic_questions)) and _well_formed(s, lex)
+               for s, is_question in pieces)
 
 
 def _tidy(text):
@@ -249,21 +263,21 @@ def _tidy(text):
 
 
 def _well_formed(sentence, lex):
-    """Does a sentence (known to end in a question mark) read like a question rather than like keywords?
+    """Does a sentence (known to ask) read like a question rather than like keywords?
 
-    It has 2 to 30 words, an opener first, no stammering and at most three attributes. Where it holds several
-    cues it has at least as many other words ("Do you have a fever or a cough", not "how long, fever").
+    It has 2 to 30 words, an opener or a request first, no stammering and at most three attributes. Where it
+    holds several cues it has at least as many other words ("Do you have a fever or a cough", not "how long,
+    fever").
     """
     tokens = words(sentence)
     cues = find(sentence, lex.asks)
     if not 2 <= len(tokens) <= LONGEST_SENTENCE or len({name for _, _, name in cues}) > MOST_ATTRIBUTES:
         return False
-    rest = list(sentence)
-    for start, end, _ in cues:
-        rest[start:end] = " " * (end - start)
-    if len(cues) > 1 and len(words("".join(rest))) < len(cues):
+    others = len(tokens) - sum(len(words(sentence[start:end])) for start, end, _ in cues)
+    if len(cues) > 1 and others < len(cues):
         return False
-    return not _stammers(tokens) and _opens(sentence, lex)
+    first = lex.openers and lex.openers + lex.generic_questions + lex.requests
+    return not _stammers(tokens) and _opens(sentence, first, lex)
 
 
 def _stammers(tokens):
@@ -289,11 +303,11 @@ def _repeats(items):
     return len(set(items)) < len(items)
 
 
-def _opens(sentence, lex):
-    """Does it begin with an opener or a generic question, after at most two short lead-ins free of cues?"""
+def _opens(sentence, patterns, lex):
+    """Does it begin with one of the patterns (if any), after at most two short lead-ins free of cues?"""
     text = _straight(sentence.lstrip(" \t\"'“‘(¿-*"))
     for _ in range(3):
-        if not lex.openers or any(p.match(text) for p in lex.openers + lex.generic_questions):
+        if not patterns or any(p.match(text) for p in patterns):
             return True
         lead = _LEAD_IN.match(text)
         if not lead or find(lead.group(), lex.asks):

@@ -29,9 +29,9 @@ def split(text):
     return tuple(re.sub(r"\d", "0", word) for word in words(text))
 
 
-def questions_in(text):
-    """Each without its lead-in."""
-    return [split(_LEAD_IN.sub("", sentence)) for sentence, is_question in sentences(text) if is_question]
+def questions_in(text, lex=None):
+    """Each, also a request of the lexicon, without its lead-in."""
+    return [split(_LEAD_IN.sub("", sentence)) for sentence, is_question in sentences(text, lex) if is_question]
 
 
 def trigrams(questions):
@@ -66,12 +66,12 @@ def trigrams(questions):
     return score
 
 
-def learn(texts, heard=()):
+def learn(texts, heard=(), lex=None):
     """Experts' utterances (a list), and what else the logs say -> garbled(text): is a question in it garbled?
 
-    None where the experts ask too little to learn from.
+    None where the experts ask too little to learn from. lex: the lexicon whose requests are questions too.
     """
-    asked = [question for text in texts for question in questions_in(text)]
+    asked = [question for text in texts for question in questions_in(text, lex)]
     if len(asked) < FEWEST:
         return None
     vocabulary = set().union(*map(split, (*texts, *heard)))
@@ -82,4 +82,4 @@ def learn(texts, heard=()):
         inside, end = score(question)
         return inside < least or end < least_end or not vocabulary.issuperset(question)
 
-    return lambda text: any(question not in usual and is_bad(question) for question in questions_in(text))
+    return lambda text: any(question not in usual and is_bad(question) for question in questions_in(text, lex))
