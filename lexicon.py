@@ -1,9 +1,9 @@
 """The rules that hindsight (what did the user reveal?) and the rules grader (what is asked for?) share.
 
-A lexicon is a YAML file. It holds bare yes / no answers, words that open a question, words that open a request
-(which asks without a question mark: "please tell me") and generic questions. For each attribute it says how
-a question asks for it and which words of a user give its value; and, where it belongs to some goals alone, to
-which. For each complaint it names the attributes that matter.
+A lexicon is a YAML file. It holds bare yes / no answers, words that open a question, words that open a
+request (which asks without a question mark: "please tell me") and generic questions. For each attribute it
+says how a question asks for it and which words of a user give its value; where it belongs to some goals
+alone, also to which. For each complaint it names the attributes that matter.
 
     lex = lexicon.load("lexicon.yaml")
     lexicon.asked("How long have you had it?", lex)            # ["duration"]
@@ -35,7 +35,7 @@ _END = re.compile(
     rf"(?<!\bmr)(?<!\bmrs)[.!…](?=[\s.!…\"”’)]|$)|[。！｡\n])", re.I)
 _SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _NO_WORD = rf"\s{_SPACELESS}!-&(-/:-@\[-`{{-~。，、！；：…“”‘（）《》—–{QUESTION_MARKS}"
-_WORD = re.compile(rf"[{_SPACELESS}]|[^{_NO_WORD}]+")
+WORD = re.compile(rf"[{_SPACELESS}]|[^{_NO_WORD}]+")
 _CLAUSE = re.compile(rf"[,.;:!…\n，。；：！、—–{QUESTION_MARKS}]|\s-\s")
 _LEAD_IN = re.compile(
     r"(?:and|but|so|also|then|now|well|ok|okay|please)(?![A-Za-z])[\s,，:]*"
@@ -183,7 +183,7 @@ def words(text):
     >>> words("I've a fever, 发烧!")
     ["i've", 'a', 'fever', '发', '烧']
     """
-    return _WORD.findall(_straight(text.lower()))
+    return WORD.findall(_straight(text.lower()))
 
 
 def sentences(text, lex=None):

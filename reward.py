@@ -26,8 +26,8 @@ def r_s(truth, decided):
 
 
 def omega_rule(response, decided, lex=None):
-    """Form of a response. Its questions: its question marks (and requests, by the lexicon at the turn's goal) or
-    the attributes it asks for, whichever is more.
+    """Form of a response. Its questions: its question marks and requests, or the attributes it asks for,
+    whichever is more. lex: the lexicon at the turn's goal.
 
     >>> [omega_rule(r, "continue") for r in ("How long?", "How long? Any fever?", "A? B? C?", "Tell me.")]
     [1.0, 0.5, 0.0, 0.0]
@@ -68,7 +68,8 @@ def r_a_rules(turn, response, lex, many_valued=(), garbled=None):
     unknown so far or may have a further value, or the question is generic. 0: all known or irrelevant, or no
     well-formed question at all.
 
-    lex: the lexicon at the turn's goal. many_valued: hindsight.many_valued. garbled(text): does it hold a question that no expert would put so?
+    lex: the lexicon at the turn's goal. many_valued: hindsight.many_valued. garbled(text): does it hold a
+    question that no expert would put so?
     """
     if garbled and garbled(response):
         return 0.0

@@ -31,7 +31,8 @@ def split(text):
 
 def questions_in(text, lex=None):
     """Each, also a request of the lexicon, without its lead-in."""
-    return [split(_LEAD_IN.sub("", sentence)) for sentence, is_question in sentences(text, lex) if is_question]
+    asking = (sentence for sentence, asks in sentences(text, lex) if asks)
+    return [split(_LEAD_IN.sub("", sentence)) for sentence in asking]
 
 
 def trigrams(questions):
@@ -82,4 +83,5 @@ def learn(texts, heard=(), lex=None):
         inside, end = score(question)
         return inside < least or end < least_end or not vocabulary.issuperset(question)
 
-    return lambda text: any(question not in usual and is_bad(question) for question in questions_in(text, lex))
+    return lambda text: any(question not in usual and is_bad(question)
+                            for question in questions_in(text, lex))

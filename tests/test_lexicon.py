@@ -193,3 +193,77 @@ def test_the_longest_match_stays():
 
 def test_an_experts_careless_question_gives_a_no_its_meaning(lex):
     assert lexicon.revealed("And the fever and the fever?", "no", lex) == {"fever": "no"}
+
+
+# ------------------------------------------------------------------------------------------ requests and goals
+
+REQUESTS = THROAT.replace("\nattributes:", "\nrequests: [please, tell me, 请告诉我]\nattributes:")
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("Please tell me how long you have had it.", "duration"),
+    ("Okay, tell me of any fever. Please name the medicine!", "fever medicine"),
+    ("Well, so please tell me how long", "duration"),
+    ("Tell me how long and whether you smoke.", "duration smoking"),
+    ("请告诉我多久了。", "duration"),
+    ("You may tell me of any fever.", ""),  # it begins otherwise
+    ("We please you with medicine.", ""),
+])
+def test_a_request_asks_without_a_question_mark(load, text, wanted):
+    with_requests, without = load(REQUESTS), load(THROAT)
+    for strict in (True, False):
+        assert lexicon.asked(text, with_requests, strict) == wanted.split()
+        assert lexicon.asked(text, without, strict) == []
+    assert lexicon.questions(text, without) == lexicon.questions(text) == 0
+
+
+@pytest.mark.parametrize("text", [
+    "Please how long how long.", "Tell me how long, fever, cough.", "Fever, tell me how long.",
+    "Please tell me how long. How long have you had it.",
+    "Tell me of a fever, how long, the medicine or whether you smoke."])
+def test_a_request_is_held_to_the_form_of_a_question(load, text):
+    assert lexicon.asked(text, load(REQUESTS)) == []
+    assert lexicon.questions(text, load(REQUESTS)) == (not text.startswith("Fever"))
+
+
+def test_a_request_may_be_generic(load):
+    lex = load(REQUESTS.replace("[\"anything else\"", "[\"anything else\", tell me more"))
+    assert lexicon.asks_generic("Okay, tell me more.", lex) and not lexicon.asks_generic("More of it.", lex)
+    assert not lexicon.asks_generic("Okay, tell me more.", load(THROAT))
+
+
+def test_what_is_said_after_a_request_answers_it(load):
+    assert lexicon.revealed("Please tell me of any fever.", "no", load(REQUESTS)) == {"fever": "no"}
+    assert lexicon.revealed("Please tell me of any fever.", "no", load(THROAT)) == {}
+
+
+def test_long_texts_without_a_request_take_no_time(load):
+    lex, start = load(REQUESTS), time.perf_counter()
+    for unit in ("a", "a ", "and ", "fever, ", ": ", "发"):
+        lexicon.asked(unit * (100_000 // len(unit)), lex, strict=False)
+    assert time.perf_counter() - start < 3
+
+
+RIDES = """
+goal: g
+yes: ["yes"]
+no: ["no"]
+openers: []
+generic_questions: []
+attributes:
+  destination: {asks: [where to], values: {Rome: [rome]}, goals: [book a ride, "taxi's"]}
+  arrival: {asks: [where to], values: {Rome: [rome]}, goals: ["book a flight\\\\."]}
+  day: {asks: [day], values: {}}
+complaints: {}
+"""
+
+
+def test_an_attribute_counts_at_its_goals_alone(load):
+    lex = load(RIDES)
+    for goal, wanted in (("Book a ride.", ["destination"]), ("The taxi’s way.", ["destination"]),
+                         ("We book a flight.", ["arrival"]), ("book a flights", []), ("", []), (None, [])):
+        here = lex.at(goal)
+        assert lexicon.asked("Where to and on what day?", here) == [*wanted, "day"], goal
+        assert lexicon.revealed("Where to?", "Rome", here) == dict.fromkeys(wanted, "Rome")
+    assert list(lex.attributes) == ["destination", "arrival", "day"]
+    assert lex.at("Book a ride.") is lex.at("Book a ride.")  # built once

@@ -10,7 +10,7 @@ import grading
 import lexicon
 import reward
 from records import STOP, Turn
-from world import THROAT
+from world import THROAT, make_lexicon
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,35 @@ def test_modes(mode, wanted):
     assert reward.fuse(0.5, 1.0, 0.5, mode, 2.0) == wanted
     assert reward.fuse(None, 1.0, 0.5, mode, 2.0) == (wanted if mode == "no_ra" else None)
     assert reward.fuse(0.5, 1.0, None, mode, 2.0) is None
+
+
+@pytest.mark.parametrize("r_a, omega, response", [
+    (1, 1, "Please tell me of any fever."), (1, 0.5, "Please tell me of any fever. How long have you had it?"),
+    (1, 0.5, "Please tell me of any fever and since when."), (0, 0.5, "Please sit down. Do you smoke?"),
+    (1, 0, "Please wait. Please sit down. Please tell me of any fever."), (0, 0, "No fever, please."),
+    (0, 1, "Please tell me of any medicine.")])
+def test_a_request_is_paid_as_a_question_is(lex, r_a, omega, response):
+    with_requests = lexicon.Lexicon.model_construct(**dict(lex) | {"requests": [re.compile("please", re.I)]})
+    graded = grade(TURN, response, with_requests)
+    assert (graded.r_a, graded.omega) == (r_a, omega)
+
+
+def test_an_attribute_of_another_goal_is_neither_paid_nor_counted():
+    """Where to: that asks for the destination of a ride, but for the arrival of a flight."""
+    cue = {"asks": ["where to"], "values": {}}
+    rides = make_lexicon({"destination": cue | {"goals": ["ride"]}, "arrival": cue | {"goals": ["flight"]},
+                          "class": {"asks": ["to sit"], "values": {}, "goals": ["flight"]}}, {})
+    rides = lexicon.Lexicon.model_validate(rides)
+    for goal, target, response, r_a, omega in (
+            ("a ride", "destination: Rome", "Where to?", 1, 1),
+            ("a flight", "destination: Rome", "Where to?", 0.5, 1),
+            ("a flight", "arrival: Rome", "Where to?", 1, 1),
+            (None, "arrival: Rome", "Where to?", 0, 1),
+            ("a flight", "class: any", "Where do you like to sit, and where to?", 0.5, 0.5),
+            ("a ride", "destination: Rome", "Where do you like to sit, and where to?", 1, 1)):
+        at = turn("Hello", target=[target]).model_copy(update={"goal": goal})
+        graded = grade(at, response, rides)
+        assert (graded.r_a, graded.omega) == (r_a, omega), (goal, target, response)
 
 
 def test_range_and_beta():

@@ -10,7 +10,7 @@ import lexicon
 import wording
 from records import Turn
 from toy import world as toy
-from world import coughs, make_world, write_lines
+from world import LEXICON, coughs, make_world, write_lines
 
 
 def test_a_score_by_hand():
@@ -49,3 +49,14 @@ def test_a_garbled_question_earns_nothing_by_the_rules(tmp_path, r_a, text):
     for on in (True, False):
         judge = grading.open_judge(config.load([str(path), f"reward.wording={on}"]))
         assert grading.grade_one(Turn(**rows[1]), text, judge).r_a == (r_a if on else 1)
+
+
+@pytest.mark.parametrize("requests, text, is_bad", [
+    (["please"], "Please name the 丁.", False), (["please"], "Okay, please name the 丁.", False),
+    (["please"], "Please the 丁 name.", True), (["please"], "Please name.", True),
+    ([], "Please the 丁 name.", False), (["please"], "The 丁 please name.", False)])  # no question at all
+def test_a_request_is_checked_as_a_question_is(requests, text, is_bad):
+    lex = lexicon.Lexicon.model_validate(LEXICON | {"requests": requests})
+    own = [f"Please name the {chr(ord('一') + i)}." for i in range(700)] + ["How long?"] * 700
+    assert wording.learn(own, lex=lex)(text) is is_bad
+    assert requests == [] or wording.learn(own[:700]) is None  # without a lexicon these are no questions
