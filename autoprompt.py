@@ -175,8 +175,8 @@ def readings(kind, source, cfg, prompt, anchors, seeds=(0,)):
     reply was unusable."""
     def ask(anchor):
         if kind == "grader":
-            messages = grading.grader_messages(prompt, anchor.turn, anchor.response)
-            return [source.submit(messages, grading.Grade, seed) for seed in seeds]
+            question = grading.grader_question(prompt, anchor.turn, anchor.response)
+            return [source.submit(*question, seed) for seed in seeds]
         utts = hindsight.utterances(anchor.session.messages, cfg.hindsight.end_markers)
         messages = hindsight.extractor_messages(prompt, utts, anchor.session.goal or cfg.data.goal,
                                                 cfg.hindsight.generic)

@@ -37,8 +37,8 @@ from records import STOP, Exact, InputError, Share, explain, nearest, write_text
 class Stream(IntEnum):
     """Who draws random numbers: numpy's default_rng([seed, stream, ...]), so that no two users share noise.
 
-    Two choices hash instead of drawing: hindsight.pick_valid and autoprompt.split take sha256 of
-    "seed:session".
+    Three choices hash instead of drawing: hindsight.pick_valid and autoprompt.split take sha256 of
+    "seed:session", and the responses that are audited are drawn by turn and response (grading.sample_graded).
     """
     ROLLOUT = 0  # [seed, 0, position in the stream of turns, sample]: training rollouts
     EVALUATION = 1  # [seed, 1, turn, sample]
@@ -129,14 +129,15 @@ ROLE = "what the role affects"
 
 
 class RoleConfig(Exact):
-    """A language model in one of the roles extractor, grader, writer."""
+    """A language model in one of the roles extractor, grader, auditor, writer."""
     source: Literal["endpoint", "local"] = key(
         "endpoint", "an OpenAI-compatible server, or a checkpoint of your own", ROLE)
     model: str = key(
         "", "the name by which the server knows the model; local: a Hugging Face folder or hub id", ROLE)
     base_url: str = key("http://localhost:8000/v1", "endpoint: where the server is", "")
     api_key_env: str = key("OPENAI_API_KEY", "endpoint: the environment variable that holds the key", "")
-    prompt: str = key("", "its instructions; empty: prompts/ROLE.md (writer: prompts/rejected.md)", ROLE)
+    prompt: str = key(
+        "", "its instructions; empty: prompts/ROLE.md (auditor: grader.md, writer: rejected.md)", ROLE)
     temperature: NonNegativeFloat = key(0.0, "sampling temperature", ROLE)
     max_tokens: PositiveInt = key(512, "longest reply", ROLE)
     concurrency: PositiveInt = key(64, "endpoint: asks in flight at once", "")
@@ -151,6 +152,7 @@ class LLMConfig(Exact):
     extractor: RoleConfig = key(RoleConfig(), "finds I* where hindsight.source=llm",
                                 "turns pairs training scores")
     grader: RoleConfig = key(RoleConfig(), "gives R_a where reward.grader=llm", "training scores")
+    auditor: RoleConfig = key(RoleConfig(), "grades a share of the responses once more (reward.audit)", "")
     writer: RoleConfig = key(RoleConfig(), "writes DPO's rejected responses and Auto-Prompt's variants",
                              "pairs training")
 
@@ -167,6 +169,8 @@ class RewardConfig(Exact):
         "training scores")
     wording: bool = key(
         True, "rules: a question that no expert would word so has R_a = 0 (wording.py)", "training scores")
+    audit: Share = key(
+        0.0, "share of the right decisions to continue that llm.auditor grades too; only logged", "")
     max_failed: Share = key(
         0.2, "llm: share of failed gradings in a rollout phase above which training stops", "", RL)
     omega_when_wrong: Literal["zero", "score"] = key(

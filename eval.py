@@ -51,7 +51,8 @@ DECODINGS = {"sampled": "graded.jsonl", "greedy": "graded_greedy.jsonl"}
 
 def full_reward(judge):
     """The judge with the reward that evaluation uses whatever a run was trained on: the product, beta 2."""
-    return replace(judge, reward=config.RewardConfig(grader=judge.reward.grader, omega=judge.reward.omega))
+    kept = judge.reward.model_dump(include={"grader", "omega", "audit"})
+    return replace(judge, reward=config.RewardConfig(**kept))
 
 
 def evaluate(policy, judge, prompts, cfg, greedy=False, desc="evaluate"):

@@ -1,14 +1,17 @@
 """From a response to a graded rollout, by the lexicon's rules or a language model, and a phase of rollouts.
 
 A language model is asked only where truth and decision are both continue, once for identical responses to a
-turn, and as soon as a response is there, while others are still being sampled.
+turn, and as soon as a response is there, while others are still being sampled. A second one, the auditor, may
+grade a share of the responses too (reward.audit). Its score is kept beside the first and rewards nothing.
 """
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 
 import torch.distributed as dist
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 from tqdm import tqdm
 
 import config
@@ -24,9 +27,19 @@ from rollout import Response, Sampling, generate
 
 
 class Grade(Reply):
-    """What the grader replies about one candidate."""
+    """What the grader replies about one candidate. A rationale is welcome but not in the schema."""
+    rationale: SkipJsonSchema[str] = ""
     score: Score
     questions: int = Field(ge=0)
+
+
+class Reasoned(Grade):
+    """A Grade to a prompt that asks for a rationale: it stands first, as a model writes in that order.
+
+    The schema is a part of the cache's key. Grade's is that of earlier versions, so that a rerun without
+    rationales asks nothing again; a prompt that asks for them is another key in any case.
+    """
+    rationale: str
 
 
 @dataclass
@@ -37,6 +50,7 @@ class Judge:
     reward: config.RewardConfig
     many_valued: list = ()  # slots, as hindsight.many_valued names them
     garbled: Callable | None = None  # see wording.learn
+    auditor: object = None  # the source of a second score for the share reward.audit
 
 
 @dataclass
@@ -62,7 +76,8 @@ def open_judge(cfg):
             turns = load_turns(cfg, "train")
             heard = (m.content for turn in turns for m in turn.context[-2:])
             garbled = wording.learn([turn.expert or "" for turn in turns], heard, lex)
-    return Judge(lex, grader, cfg.reward, cfg.hindsight.many_valued, garbled)
+    auditor = cfg.reward.audit and llm.open_source("auditor", cfg)
+    return Judge(lex, grader, cfg.reward, cfg.hindsight.many_valued, garbled, auditor)
 
 
 def needs_grader(truth, response, judge):
@@ -70,12 +85,15 @@ def needs_grader(truth, response, judge):
     return judge.reward.grader == "llm" and truth == reward.decision(response) == "continue"
 
 
-def grader_messages(prompt, turn, response):
-    """What the grader is asked. All that a group shares (instructions, conversation, I*) comes first and
-    the candidate last, so that a server's prefix cache computes the shared part once. Texts are JSON
-    strings: none can close its own delimiters."""
+def grader_question(prompt, turn, response):
+    """What a grader is asked -> (messages, class of its reply).
+
+    All that a group shares (instructions, conversation, I*) comes first and the candidate last, so that a
+    server's prefix cache computes the shared part once. Texts are JSON strings: none can close its own
+    delimiters."""
     shared = dump({"conversation": spoken(turn.context), "known": turn.known, "targets": turn.target})
-    return chat(fill_goal(prompt, turn.goal), f"{shared}\n\nCandidate: {dump(response)}")
+    messages = chat(fill_goal(prompt, turn.goal), f"{shared}\n\nCandidate: {dump(response)}")
+    return messages, Reasoned if '"rationale"' in prompt else Grade
 
 
 def grade_one(turn, response, judge, verdict=None):
@@ -101,16 +119,21 @@ def grade_one(turn, response, judge, verdict=None):
                    reward=reward.fuse(r_a, right, omega, how.mode, how.beta))
 
 
-def grade(turn, responses, judge, verdicts=None):
+def grade(turn, responses, judge, verdicts={}):
     """The responses to a turn, as texts -> their Rollouts. Identical ones are graded once.
 
-    verdicts: {(turn_id, response): future of the Grade} of those that a language model was asked about.
+    verdicts: {(source, turn_id, response): future of the Grade} of those that the judge's grader and auditor
+    were asked about. An auditor that is down raises nothing.
     """
     once = {}
     for response in dict.fromkeys(responses):
         asked = needs_grader(turn.decision, response, judge)
-        verdict = verdicts[turn.turn_id, response].result() if asked else None
-        once[response] = grade_one(turn, response, judge, verdict)
+        verdict = verdicts[judge.grader, turn.turn_id, response].result() if asked else None
+        graded = once[response] = grade_one(turn, response, judge, verdict)
+        if why := verdict and verdict.rationale.strip()[:300]:
+            graded.rationale = why
+        if audit := verdicts.get((judge.auditor, turn.turn_id, response)):
+            graded.audit = getattr(audit.exception() or audit.result(), "score", None)
     return [once[response].model_copy(update={"sample": i}) for i, response in enumerate(responses)]
 
 
@@ -128,7 +151,7 @@ def sample_graded(policy, judge, prompts, keys, sampling, desc="rollout"):
     prompts [B]; keys [B]: what names the noise of each -> (groups [B], figures: seconds of sampling and of
     grading beyond it on this rank, and over all ranks what the language model did).
     """
-    rank, world, grader = dist.get_rank(), dist.get_world_size(), judge.grader
+    rank, world, grader, auditor = dist.get_rank(), dist.get_world_size(), judge.grader, judge.auditor
     mine, verdicts = prompts[rank::world], {}
     start = time.perf_counter()
     bar = tqdm(total=len(mine) * sampling.samples, unit="response", desc=desc, leave=False, disable=rank > 0)
@@ -138,12 +161,14 @@ def sample_graded(policy, judge, prompts, keys, sampling, desc="rollout"):
 
     def on_response(i, response):
         bar.update()
-        if not grader:
-            return
         turn, said = mine[i].turn, text(response)
-        key = turn.turn_id, said
-        if key not in verdicts and needs_grader(turn.decision, said, judge):
-            verdicts[key] = grader.submit(grader_messages(grader.prompt, turn, said), Grade)
+        if not turn.decision == reward.decision(said) == "continue":
+            return
+        for source, share in (grader, 1), (auditor, judge.reward.audit):
+            key = source, turn.turn_id, said
+            # A hash of turn and response draws the share: the same ones on any number of ranks.
+            if source and key not in verdicts and Random(f"{turn.turn_id} {said}").random() < share:
+                verdicts[key] = source.submit(*grader_question(source.prompt, turn, said))
 
     with decoder.gathered(policy.model), bar:
         responses = generate(policy.model, [p.tokens for p in mine], policy.ends, sampling,
@@ -151,6 +176,8 @@ def sample_graded(policy, judge, prompts, keys, sampling, desc="rollout"):
     sampled = time.perf_counter()
     if grader:
         grader.drain()
+    if auditor:
+        auditor.drain()
     graded, down = [], None
     try:
         for prompt, group in zip(mine, responses):

@@ -43,14 +43,46 @@ def score_matrix(graded):
     return np.array([scores_of(g) for g in graded], dtype=float).reshape(-1, len(MEANS))
 
 
+def agreement(pairs):
+    """How far two judges agree. pairs: scores (first, second) of each response, None where a judge failed.
+
+    audit_n       pairs with two scores
+    audit_failed  pairs without the second score
+    audit_error   mean squared difference
+    audit_kappa   Cohen's kappa with quadratic weights (Cohen 1968, Psychological Bulletin 70, 213-220):
+                  1 - sum_ij w_ij O_ij / sum_ij w_ij E_ij, where w_ij = (i - j)^2, O_ij is the share of pairs
+                  (i, j), and E_ij that share by chance, if the judges were independent
+
+    The sum over O is the error, the sum over E is the error + 2 cov(first, second). Error and kappa are None
+    for fewer than two pairs, kappa also where all scores are the same. If one judge gives all responses one
+    score and the other does not, kappa is 0.
+
+    >>> agreement([(0, 0), (0.5, 1), (1, 1), (1, None)])["audit_n"]
+    3
+    """
+    known = [pair for pair in pairs if None not in pair]
+    kappa = error = None
+    if len(known) > 1:
+        error = np.mean(np.diff(known) ** 2)
+        chance = error + 2 * np.cov(known, rowvar=False, ddof=0)[0, 1]
+        kappa = 1 - error / chance if chance else None
+    return {"audit_n": len(known), "audit_failed": sum(b is None for _, b in pairs), "audit_kappa": kappa,
+            "audit_error": error}
+
+
 def metrics(graded):
-    """Graded rollouts -> {metric: number, or None where nothing counts for it}."""
+    """Graded rollouts -> {metric: number, or None where nothing counts for it}.
+
+    With what `agreement` says of the responses that llm.auditor was asked about, if there are any.
+    """
     scores = score_matrix(graded)
     means = {name: float(total / count) if count else None
              for name, total, count in zip(MEANS, np.nansum(scores, 0), np.isfinite(scores).sum(0))}
     said = Counter(g.response.strip() for g in graded if g.truth == "continue")
+    audited = [(g.r_a, g.audit) for g in graded if "audit" in g.model_fields_set]
     return {**means, "n": len(graded), "failed": [g.r_a for g in graded].count(None),
-            "top_share": max(said.values()) / said.total() if said else None, "distinct": len(said)}
+            "top_share": max(said.values()) / said.total() if said else None, "distinct": len(said),
+            **(agreement(audited) if audited else {})}
 
 
 def session_of(g):

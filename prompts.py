@@ -12,7 +12,7 @@ import config
 from records import STOP, InputError, Turn, file_hash, read_json, read_records
 
 PROMPTS = {"extractor": "prompts/extractor.md", "grader": "prompts/grader.md",
-           "writer": "prompts/rejected.md"}
+           "auditor": "prompts/grader.md", "writer": "prompts/rejected.md"}
 
 
 # --------------------------------------------------------------------------------------------- turns of a run

@@ -194,7 +194,10 @@ class Turn(Record):
 
 
 class Rollout(Record):
-    """One response to a turn, graded. r_a, omega and reward are null where the grading failed."""
+    """One response to a turn, graded. r_a, omega and reward are null where the grading failed.
+
+    rationale and audit are in a file only where they were given.
+    """
     turn_id: str
     session_id: str | None = None
     sample: int = 0
@@ -205,6 +208,8 @@ class Rollout(Record):
     r_s: Share
     omega: Share | None
     reward: float | None = None
+    rationale: str | None = None  # the grader's reason, cut at 300 characters
+    audit: Share | None = None  # R_a by llm.auditor, where it was asked; null where it failed
 
     @model_validator(mode="after")
     def consistent(self):

@@ -74,6 +74,7 @@ Training
   Gradient norm | grad_norm | Global gradient norm before clipping.
   Skipped groups | skipped_groups | Share of groups not trained on: all advantages are zero.
   Most frequent response | top_share | Its share among the responses at a step's continue turns.
+  Audit | audit_kappa | Agreement of grader and auditor on R_a: Cohen's kappa, quadratically weighted.
   Distinct responses | distinct | Number of different responses at a step's continue turns.
   Preference accuracy | accuracy | Share of pairs whose chosen response has the higher implicit reward.
   Margin | margin | Mean implicit reward of the chosen response minus that of the rejected one.
@@ -296,7 +297,8 @@ def responses(side, graded):
     for g, a in zip(graded, advantages([g.reward for g in graded])):
         cells = [show(value, ".4g") for value in (g.r_a, g.r_s, g.omega, g.reward)]
         cells.append(f"{a:+.2f}" if a else "0")
-        rows += (f'<tr><td><div class="text" dir="auto">{esc(g.response or "(empty)")}</div></td>'
+        rows += (f'<tr><td><div class="text" dir="auto">{esc(g.response or "(empty)")}</div>'
+                 f'<small class="text" dir="auto">{esc(g.rationale or "")}</small></td>'
                  f'<td>{"</td><td>".join(cells)}</td></tr>')
     return f"""<section><h4>{side}: mean R {show(mean_reward(graded))}</h4><div class="scroll">
 <table class="responses"><tr><th>response</th><th>R_a</th><th>R_s</th><th>Ω</th><th>R</th><th>A</th></tr>

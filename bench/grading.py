@@ -29,7 +29,7 @@ def count(texts, turn, tokenizer, prompt):
     def length(messages):
         return len(apply_template(tokenizer, messages))
 
-    asks = [grading.grader_messages(prompt, turn, text) for text in texts]
+    asks = [grading.grader_question(prompt, turn, text)[0] for text in texts]
     instructions, request = asks[0]
     shared = {"role": "user", "content": request["content"].rpartition("Candidate: ")[0]}
     return sum(map(length, asks)), length([instructions]), length([instructions, shared])

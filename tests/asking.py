@@ -22,7 +22,7 @@ def open_source(folder, server, role="grader", **keys):
 
 def ask(source, candidate=QUESTION, seed=0, turn=TURN):
     """-> future of a Grade"""
-    return source.submit(grading.grader_messages(source.prompt, turn, candidate), grading.Grade, seed)
+    return source.submit(*grading.grader_question(source.prompt, turn, candidate), seed)
 
 
 def values(*futures):

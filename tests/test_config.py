@@ -266,7 +266,8 @@ SCORES = set("seed model.path model.dtype data.goal data.lexicon data.long_promp
              "rollout.samples rollout.temperature eval.samples eval.temperature eval.top_p".split())
 SCORES |= REFERENCE | role("extractor") | role("grader")
 # How often to look, where to log, what fits in memory: with others of these a run may go on.
-FREE = set("run_dir data.turns hindsight.sample plan gpus gpu_gib hindsight.self_check hindsight.max_failed llm.cache reward.max_failed "
+FREE = set("run_dir data.turns hindsight.sample plan gpus gpu_gib hindsight.self_check hindsight.max_failed "
+           "llm.cache reward.audit reward.max_failed "
            "rollout.max_rows train.tokens_per_microbatch train.activation_checkpointing train.compile "
            "train.eval_every train.checkpoint_every train.keep_checkpoints eval.samples eval.temperature "
            "eval.top_p wandb.mode wandb.project".split())
@@ -415,6 +416,7 @@ OPTIONS = "test_plan.py::test_options_that_only_memory_and_time_know_of"
 LONG = "test_prompts.py::test_long_prompts_are_refused_or_left_out"
 ROLES = "test_llm.py::test_every_key_of_a_role_acts"
 LOCAL = "test_llm.py::test_source_local_is_a_checkpoint"
+AUDIT = "test_grading.py::test_an_audit_is_logged_and_rewards_nothing"
 ELSEWHERE = {  # what bounds memory or only decides whether to go on: no figure may depend on it
     "data.long_prompts": LONG, "rollout.max_prompt_tokens": LONG,
     "rollout.max_rows": "test_config.py::test_max_rows_bounds_the_rows_decoded_at_once",
@@ -423,7 +425,7 @@ ELSEWHERE = {  # what bounds memory or only decides whether to go on: no figure 
     "plan": PLANS, "gpus": PLANS, "gpu_gib": PLANS,
     "reward.max_failed": "test_grading.py::test_a_few_failed_gradings_do_not_stop_training",
     "llm.writer.prompt": ROLES, "train.from": "test_run.py::test_a_run_starts_from_another",
-} | {f"llm.{role}.{leaf}": LOCAL if leaf == "source" else ROLES for role in ("extractor", "grader", "writer")
+} | {f"llm.{role}.{leaf}": LOCAL if leaf == "source" else ROLES for role in prompts.PROMPTS
      for leaf in config.RoleConfig.model_fields if leaf != "prompt"}
 
 

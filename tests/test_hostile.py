@@ -31,7 +31,7 @@ def test_hostile_texts_round_trip(text):
     context = messages(text, text, "x" + text)
     turn = TURN.model_copy(update={"context": context, "known": [f"b: {text}"], "target": [f"a: {text}"],
                                    "goal": "the goal"})
-    system, user = grading.grader_messages("P {goal}", turn, text)
+    (system, user), _ = grading.grader_question("P {goal}", turn, text)
     assert system == {"role": "system", "content": "P the goal"} and user["role"] == "user"
     shared, _, candidate = user["content"].partition("\n\nCandidate: ")
     assert json.loads(candidate) == text and "<|" not in user["content"]
@@ -52,7 +52,7 @@ def test_hostile_texts_change_no_grade(serve, source_of):
     for text in HOSTILE:
         turn = TURN.model_copy(update={"context": messages("I have a cough. " + text)})
         assert [graded(source, text, turn=turn)[0] for _ in range(2)] == [0.0, 0.0], text[:50]
-        assert server.bodies[-1]["messages"] == grading.grader_messages(source.prompt, turn, text)
+        assert server.bodies[-1]["messages"] == grading.grader_question(source.prompt, turn, text)[0]
     assert server.requests == len(HOSTILE)
 
 
@@ -72,6 +72,6 @@ def test_replies_that_quote_the_candidate(texts, result, serve, source_of):
 
 def test_the_shared_part_of_a_group_comes_first():
     """Of two candidates at a turn, the messages are the same up to the candidate itself."""
-    (s, a), (t, b) = (grading.grader_messages("P {goal}", TURN, c) for c in ("Xa?", "Yb?"))
+    (s, a), (t, b) = (grading.grader_question("P {goal}", TURN, c)[0] for c in ("Xa?", "Yb?"))
     common = os.path.commonprefix([a["content"], b["content"]])
     assert s == t and [m["content"] for m in (a, b)] == [common + 'Xa?"', common + 'Yb?"']

@@ -223,7 +223,7 @@ def test_the_schema_is_part_of_the_key(serve, source_of):
 
     server = serve()
     source = source_of(server)
-    messages = grading.grader_messages(source.prompt, TURN, QUESTION)
+    messages, _ = grading.grader_question(source.prompt, TURN, QUESTION)
     for reply_class in (grading.Grade, Score) * 2:
         assert source.submit(messages, reply_class).result(20).score == 1
     assert server.requests == 2
