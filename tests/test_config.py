@@ -424,7 +424,8 @@ ELSEWHERE = {  # what bounds memory or only decides whether to go on: no figure 
     "train.activation_checkpointing": OPTIONS, "train.compile": OPTIONS,
     "plan": PLANS, "gpus": PLANS, "gpu_gib": PLANS,
     "reward.max_failed": "test_grading.py::test_a_few_failed_gradings_do_not_stop_training",
-    "llm.writer.prompt": ROLES, "train.from": "test_run.py::test_a_run_starts_from_another",
+    "reward.audit": AUDIT, "llm.auditor.prompt": ROLES, "llm.writer.prompt": ROLES,
+    "train.from": "test_run.py::test_a_run_starts_from_another",
 } | {f"llm.{role}.{leaf}": LOCAL if leaf == "source" else ROLES for role in prompts.PROMPTS
      for leaf in config.RoleConfig.model_fields if leaf != "prompt"}
 

@@ -4,6 +4,8 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import Future
+from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +15,12 @@ import grading
 import llm
 import run as running
 import train_grpo
-from asking import QUESTION, TURN
+from asking import QUESTION, TURN, ask
 from grading import Grade, Group, Judge, grade_one
+from metrics import agreement
 from prompts import spoken
-from records import InputError, Rollout, explain
-from world import LEXICON, REPO, make_config, make_world, metrics, timeless
+from records import STOP, InputError, Rollout, explain
+from world import LEXICON, REPO, make_config, make_world, metrics, read_lines, timeless
 
 pytestmark = pytest.mark.usefixtures("client")
 CANNED = ["How long?", "How long? Any color?", "What color?", "<stop />", "Bye <stop />",
@@ -53,6 +56,52 @@ def test_omega_of_three_questions():
     assert grade_one(TURN, QUESTION, judge, verdict=Grade(score=1.0, questions=3)).omega == 0.0
     with pytest.raises(InputError, match="reward.omega=llm needs reward.grader=llm"):
         make_config(reward__omega="llm")
+
+
+# ------------------------------------------------------------------------------------------------ a rationale
+
+WITH_REASON = "prompts/grader_rationale.md"
+
+
+def test_a_rationale_is_asked_for_by_the_prompt(serve, source_of):
+    """Then it stands first in a schema that strict servers take. Else the schema is that of earlier versions,
+    so that replies in their caches are found."""
+    server = serve(record=True)
+    why, plain = source_of(server, prompt=WITH_REASON), source_of(server)
+    for source, reason in (why, "By the rules: 1."), (plain, ""), (why, "By the rules: 1."):
+        grade = ask(source).result(20)
+        assert (grade.score, grade.questions, grade.rationale) == (1, 1, reason)
+    first, second = (body["response_format"]["json_schema"]["schema"] for body in server.bodies)
+    assert list(first["properties"]) == ["rationale", "score", "questions"] == first["required"]
+    assert second == {"additionalProperties": False, "title": "Grade", "type": "object", "properties": {
+        "score": {"enum": [0, 0.5, 1], "title": "Score", "type": "number"},
+        "questions": {"minimum": 0, "title": "Questions", "type": "integer"}},
+        "required": ["score", "questions"]}
+
+
+def test_a_rationale_without_schemas(serve, source_of):
+    """A server that takes no schema gives one by the prompt; a reply without it is repaired; one that nobody
+    asked for does no harm."""
+    server = serve(schemas=False, script=[None, "text"], texts=['{"score": 1, "questions": 1}'])
+    source = source_of(server, prompt=WITH_REASON)
+    assert ask(source).result(20).rationale == "By the rules: 1."
+    assert source.tally.n["repairs"] == 1 and "rationale is missing" in source.tally.why
+    server.script, server.texts = [None, "text"], ['{"rationale": "so", "score": 0, "questions": 1}']
+    assert ask(source_of(server), "Why?").result(20).rationale == "so"
+
+
+@pytest.mark.parametrize("said, kept", [
+    ("", None), (" \n", None), (" it asks\n", "it asks"), ("xy" * 400, "xy" * 150)])
+def test_what_is_kept_of_a_rationale(said, kept):
+    """It is cut, not refused; identical responses share it; without one a line is what it always was."""
+    judge, verdict = Judge(None, "grader", make_config(reward__grader="llm").reward), Future()
+    verdict.set_result(Grade(rationale=said, score=1.0, questions=1))
+    verdicts = {("grader", TURN.turn_id, QUESTION): verdict}
+    graded = grading.grade(TURN, [QUESTION, STOP, QUESTION], judge, verdicts)
+    assert [r.rationale for r in graded] == [kept, None, kept]
+    names = "turn_id session_id sample response truth decision r_a r_s omega reward".split()
+    assert list(graded[1].dump()) == names
+    assert list(graded[0].dump()) == names + ["rationale"] * bool(kept)
 
 
 # ------------------------------------------------------------------------------------------------ in training
@@ -206,6 +255,66 @@ def test_omega_from_the_grader(train, canned, serve, world_of):
     assert got[False, "How long?"] == (0.0, 0.0)
 
 
+# --------------------------------------------------------------------------------------------- a second judge
+
+def audit_of(url, share=0.5, **more):
+    """Keys of a run that has a share of its gradings audited by the model "other" at the url."""
+    auditor = dict(model="other", base_url=url, retries=0, timeout_s=5.0)
+    return {"reward__grader": "rules", "reward__audit": share,
+            **{f"llm__auditor__{key}": value for key, value in auditor.items()}, **more}
+
+
+def unaudited(lines):
+    return [{k: v for k, v in line.items() if not k.startswith("audit_")} for line in timeless(lines)]
+
+
+def test_an_audit_is_logged_and_rewards_nothing(train, canned, serve, world_of):
+    """Each step's own responses are counted, though a phase holds two steps. What is drawn hangs on turn and
+    response alone; a failure is counted."""
+    server = serve(record=True, noise=0.5, models=["other"])  # a server of another opinion than the rules
+    plain = train(train_grpo, world_of("", "plain", reward__grader="rules"))
+    assert not any("audit" in r.model_fields_set for r in rollouts(canned))
+    canned.clear()
+    lines = train(train_grpo, world_of("", "audited", **audit_of(server.url)))
+    assert unaudited(lines) == unaudited(plain) and all("audit_n" not in m for m in plain)
+    tried = []
+    for r in rollouts(canned):
+        drawn = Random(f"{r.turn_id} {r.response}").random() < 0.5
+        assert ("audit" in r.model_fields_set) == (drawn and r.truth == r.decision == "continue")
+        tried.append((r.r_a, r.audit) if "audit" in r.model_fields_set else None)
+    for i, m in enumerate(lines):
+        want = agreement([pair for pair in tried[16 * i:16 * (i + 1)] if pair])
+        assert {k: m[k] for k in want} == pytest.approx(want) and m["audit_n"] > 1 and m["audit_failed"] == 0
+    assert any(m["audit_error"] for m in lines)
+    assert len(server.bodies) == len(set(map(json.dumps, candidates_in(server.bodies))))  # once each
+    for fault in "401", "types":  # it is down, or of no use
+        url = serve(models=["other"], script=[fault] * 999).url
+        bad = train(train_grpo, world_of("", fault, **audit_of(url, 1.0)))
+        assert unaudited(bad) == unaudited(plain)
+        for m in bad:
+            assert m["audit_failed"] > m["audit_n"] == 0 and m["audit_kappa"] is m["audit_error"] is None
+
+
+def test_an_audit_of_a_language_model(train, canned, refused, serve, world_of):
+    """Both ask the same server here: they agree. The evaluations are audited too; reasons and second scores
+    are in the files."""
+    url = serve(models=["toy", "other"]).url
+    how = dict(reward__grader="llm", llm__grader__prompt=WITH_REASON, train__eval_every=4)
+    path = world_of(url, **audit_of(url, 1.0, **how))
+    lines = train(train_grpo, path)
+    assert len(lines) == 5
+    for m in [lines[0]["eval"], *lines[1:]]:
+        assert m["audit_n"] > 0 == m["audit_failed"] and m["audit_kappa"] in (None, 1)
+        assert not m["audit_error"]
+    assert any(m["audit_kappa"] == 1 for m in lines[1:])
+    shown = read_lines(path.parent / "run" / "groups_after.jsonl")
+    asked = [r for group in shown for r in group["graded"] if r["truth"] == r["decision"] == "continue"]
+    assert asked and all(r["audit"] == r["r_a"] for r in asked)
+    assert all(r["rationale"] == f"By the rules: {r['r_a']:g}." for r in asked)
+    assert "By the rules: 1." in (path.parent / "run" / "report.html").read_text()
+    assert refused(train_grpo, path, "llm.auditor.model=").startswith("error: llm.auditor.model is not set")
+
+
 def break_in_phase(monkeypatch, server, number, how):
     """From rollout phase `number` (counted from 1) on the server behaves as `how` says."""
     phases, sample = [], grading.sample_graded
@@ -319,7 +428,8 @@ def test_two_ranks(marks_checkpoint, train, run_ranks, serve, world_of):
     """Both ranks grade their own share: what one rank alone does. A grader that is down for one rank ends
     both with one message."""
     server = serve(record=True)
-    one, two, down, local = (world_of(server.url, x)
+    audit = audit_of(serve(noise=0.5, models=["other"]).url, reward__grader="llm")
+    one, two, down, local = (world_of(server.url, x, **audit)
                              for x in ("one", "two", "down", "local"))
     lines = train(train_grpo, one)
     asked, server.bodies = candidates_in(server.bodies), []
@@ -333,7 +443,7 @@ def test_two_ranks(marks_checkpoint, train, run_ranks, serve, world_of):
     # the same rollouts, so the same questions
     assert set(candidates_in(server.bodies[:len(asked)])) == set(asked)
     for a, b in zip(lines, metrics(two), strict=True):
-        names = ("reward", "wa", "wc", "failed", "grade_asks")
+        names = ("reward", "wa", "wc", "failed", "grade_asks", "audit_n", "audit_kappa", "audit_error")
         assert [a[name] for name in names] == pytest.approx([b[name] for name in names])
         assert b["grade_asks"] == b["grade_answered"] > 0
     for m in metrics(local):

@@ -19,6 +19,7 @@ def test_a_better_prompt_scores_better(lexicon_file):
     prompts = {role: (REPO / file).read_text() for role, file in PROMPTS.items()}
     for role in ("extractor", "grader"):
         assert said(prompts[role], role) == set(RULES[role])
+    assert said((REPO / "prompts" / "grader_rationale.md").read_text(), "grader") == set(RULES["grader"])
     sessions = [Session.model_validate(world.session(3, "train", i)) for i in range(40)]
     utts = [utterances(session.messages) for session in sessions]
 

@@ -52,6 +52,50 @@ def test_empty_denominators_are_none(graded, none, recwarn):
     assert not recwarn.list and m["n"] == len(graded)
 
 
+def weighted_kappa(pairs):
+    """Cohen 1968 as written there: from the 3 x 3 table of scores, its margins, and the weights (i - j)^2."""
+    observed = np.zeros((3, 3))
+    for a, b in pairs:
+        observed[int(2 * a), int(2 * b)] += 1 / len(pairs)
+    chance = np.outer(observed.sum(1), observed.sum(0))
+    weights = np.subtract.outer(np.arange(3), np.arange(3)) ** 2
+    return 1 - (weights * observed).sum() / (weights * chance).sum()
+
+
+def test_agreement_by_hand():
+    """Pairs (0, 0), (0.5, 1), (1, 1), (1, 0.5). Weights in units of 0.25: observed (0 + 1 + 0 + 1) / 4 = 8 / 16.
+    By chance, with the margins 1, 1, 2 of four, (1 * 1 + 4 * 2 + 1 * 2) * 2 / 16 = 22 / 16."""
+    pairs = [(0, 0), (0.5, 1), (1, 1), (1, 0.5), (1, None), (None, 0.5), (None, None)]
+    assert metrics.agreement(pairs) == pytest.approx({
+        "audit_n": 4, "audit_failed": 2, "audit_kappa": 7 / 11, "audit_error": 0.125})
+
+
+def test_agreement_is_the_weighted_kappa():
+    rng = random.Random(0)
+    for _ in range(50):
+        pairs = [(rng.choice((0, 0.5, 1)), rng.choice((0, 0.5, 0.5, 1))) for _ in range(rng.randint(4, 40))]
+        pairs += [(0, 1)]  # not all alike
+        found = metrics.agreement(pairs)
+        assert found["audit_kappa"] == pytest.approx(weighted_kappa(pairs))
+        assert found["audit_error"] == pytest.approx(sum((a - b) ** 2 for a, b in pairs) / len(pairs))
+
+
+@pytest.mark.parametrize("pairs, kappa, error", [
+    ([(0, 0), (1, 1)], 1, 0), ([(0, 1), (1, 0)], -1, 1), ([(0.5, 0), (0.5, 1), (0.5, 0)], 0, 0.25),
+    ([(0.5, 0.5)] * 7, None, 0), ([(0, 1)] * 3, 0, 1), ([(0, 1)], None, None), ([(0, None)] * 2, None, None)])
+def test_the_ends_of_agreement(pairs, kappa, error, recwarn):
+    """Full, reversed, by chance alone; undefined where all is one score, or where there is no second pair."""
+    found = metrics.agreement(pairs)
+    assert (found["audit_kappa"], found["audit_error"]) == (kappa, error) and not recwarn.list
+
+
+def test_metrics_tell_of_an_audit_where_there_was_one():
+    audited = [g.model_copy(update={"audit": x}) for g, x in zip(HAND[:2], (0.5, None))]
+    m, plain = metrics.metrics(audited + HAND[2:]), metrics.metrics(HAND)
+    assert (m["audit_n"], m["audit_failed"]) == (1, 1)
+    assert plain == {name: value for name, value in m.items() if not name.startswith("audit_")}
+
+
 TABLE_2 = """
 7B  base       WA .501  WA-GH .132  WC .975  WS .155  AA .751  FC .629  TR 2.174
 7B  original   WA .665  WA-GH .413  WC .944  WS .926  AA .939  FC .915  TR 3.272

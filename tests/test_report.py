@@ -294,6 +294,16 @@ def test_before_and_after_are_paired_by_turn(tmp_path):
     assert [len(texts(d, "section")) for d in page(tmp_path).findall(".//details")] == [1, 1, 1]
 
 
+def test_a_rationale_stands_under_its_response(tmp_path):
+    graded = [response("a", i, f"text {i}") for i in range(2)]
+    graded[1]["rationale"] = f"it asks {HOSTILE[0]}"
+    write_jsonl(tmp_path / "groups_before.jsonl", [{"turn": turn("a"), "graded": graded}])
+    rows = page(tmp_path).findall(".//section//td[1]")
+    assert [[text(part) for part in row] for row in rows] == [
+        ["text 0", ""], ["text 1", f"it asks {HOSTILE[0]}"]]
+    assert [part.tag for part in rows[1]] == ["div", "small"]
+
+
 def test_advantages_are_those_of_training(tmp_path):
     rewards = [4.0, 2.5, None, 0.0, 3.0]
     groups = [group(turn("a"), rewards), group(turn("b"), [2.0, 2.0, 2.0])]

@@ -58,8 +58,8 @@ RULES = {
         "told": ("already told you", "Do not ask for anything the client has already told you."),
     },
 }
-FORMS = {"items": "extractor", "score": "grader", "utterance": "irrelevant", "prompt": "prompts",
-         "matched": "matcher"}
+FORMS = {"items": "extractor", "score": "grader", "rationale": "grader", "utterance": "irrelevant",
+         "prompt": "prompts", "matched": "matcher"}
 FAULTS = ("429", "500", "drop", "hang", "cut", "prose", "types", "range", "empty", "html", "list", "null")
 IRRELEVANT = (
     "Would you like a seat at the window?", "Which size of shoes do you wear?",
@@ -132,7 +132,8 @@ def grade(system, user, lex, rng, noise, seed):
         score = rng.choice([0, 0.5, 1])
     else:
         score = judge(shared, candidate, lex, rules)
-    return {"score": score, "questions": n if "count" in rules else 1}
+    why = {"rationale": f"By the rules: {score}."} if '"rationale"' in system else {}
+    return {**why, "score": score, "questions": n if "count" in rules else 1}
 
 
 def judge(shared, candidate, lex, rules):
