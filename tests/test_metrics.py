@@ -63,8 +63,8 @@ def weighted_kappa(pairs):
 
 
 def test_agreement_by_hand():
-    """Pairs (0, 0), (0.5, 1), (1, 1), (1, 0.5). Weights in units of 0.25: observed (0 + 1 + 0 + 1) / 4 = 8 / 16.
-    By chance, with the margins 1, 1, 2 of four, (1 * 1 + 4 * 2 + 1 * 2) * 2 / 16 = 22 / 16."""
+    """Pairs (0, 0), (0.5, 1), (1, 1), (1, 0.5). In units of 0.25: observed (0 + 1 + 0 + 1) / 4 = 8 / 16,
+    by chance, with margins 1, 1, 2 of four, (1 * 1 + 4 * 2 + 1 * 2) * 2 / 16 = 22 / 16."""
     pairs = [(0, 0), (0.5, 1), (1, 1), (1, 0.5), (1, None), (None, 0.5), (None, None)]
     assert metrics.agreement(pairs) == pytest.approx({
         "audit_n": 4, "audit_failed": 2, "audit_kappa": 7 / 11, "audit_error": 0.125})
