@@ -1,4 +1,4 @@
-"""The memory that a run needs on each device, before it starts.
+"""The memory that a run needs on each device, and what language models will be asked, before it starts.
 
     python train_grpo.py cfg.yaml plan=true gpus=8 gpu_gib=80
 
@@ -8,18 +8,24 @@ measured peaks. Two phases matter: a training step, and the sampling of rollouts
 
 "Packed" tokens are all tokens of a micro-batch, "scored" tokens are those of its responses, "rows" are the
 responses that are decoded at once. Language models of llm.*.source=local are not counted.
+
+The calls of extractor, grader and auditor are counted from the config and the logs, or from the run's turns
+once hindsight.py has made them. Nobody is asked.
 """
 import os
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 
 import config
+import logs
 import model as decoder
 import pack
 import parallel
 import rollout
-from records import InputError
+from prompts import PROMPTS, load_prompt, load_tokenizer
+from records import InputError, read_jsonl
 
 USABLE = 0.9  # of a device's memory; the rest is for CUDA's context, NCCL's buffers, fragmentation
 GIB = 2 ** 30
@@ -242,6 +248,51 @@ def table(job):
     yield row("total", [f"{need / GIB:.2f}" for need in totals(job).values()])
 
 
+def most_graded(cfg, users, held_out):
+    """The most responses that a run and its eval.py have graded. users, held_out: user messages by session.
+
+    Continue turns are those of turns/, or one for each user message where hindsight.py has not run.
+    """
+    t, each, samples = cfg.train, cfg.eval.samples, cfg.rollout.samples
+    turns = {"train": sum(users), "valid": sum(users[:cfg.data.valid_sessions]),
+             "eval": sum(held_out) or int(cfg.data.split * sum(users))}
+    for path in cfg.turns_path.glob("*.jsonl"):
+        turns[path.stem] = [turn.get("decision") for _, turn in read_jsonl(path)].count("continue")
+    graded = turns["eval"] * (each + 1)  # eval.py, sampled and greedy
+    if t.loss not in ("sft", "dpo"):
+        graded += samples * (t.steps * t.prompts_per_step if t.steps else t.epochs * turns["train"])
+    if t.eval_every:  # at the start and the end as well, and there 24 groups for report.html
+        times = (t.steps or t.epochs * sum(users) // t.prompts_per_step) // t.eval_every + 2
+        graded += times * each * (turns["valid"] or turns["eval"]) + 48 * samples
+    return graded
+
+
+def calls(cfg):
+    """What language models are asked at most -> the lines of a table, none where none is asked.
+
+    As many tokens are counted for the conversation that a call shows as a whole session has.
+    """
+    how = cfg.hindsight
+    if "llm" not in (how.source, cfg.reward.grader) and not cfg.reward.audit:
+        return
+    users, held_out = ([str(row).count("'role': 'user'") for _, row in logs.rows(cfg, name)]
+                       for name in ("logs", "eval_logs"))
+    sample = [row for _, row in islice(logs.rows(cfg), 50)]
+    cut, graded = load_tokenizer(cfg.model.path).tokenize, most_graded(cfg, users, held_out)
+    asks = {"extractor": (how.source == "llm") * how.self_check * len(users + held_out),
+            "grader": (cfg.reward.grader == "llm") * graded, "auditor": cfg.reward.audit * graded}
+    yield row("language models, at most", ["calls", "M in", "M out", "hours"])
+    for name, n in asks.items():
+        role = getattr(cfg.llm, name)
+        prompt = load_prompt(role.prompt or PROMPTS[name])
+        read = len(cut(prompt)) + len(cut(str(sample))) / max(len(sample), 1)
+        if n:
+            yield (f"llm.{name:28}{n:10,.0f}{n * read / 1e6:10,.1f}{n * role.max_tokens / 1e6:10,.1f}"
+                   f"{n / role.concurrency / 3600:10,.2f}")
+    yield "gradings will be fewer: wrong decisions, stops and repeated responses are not asked about"
+    yield "hours: if a call takes 1 s, and llm.ROLE.concurrency of them are under way at once"
+
+
 def show(cfg):
     """Print the plan for cfg.gpus GPUs, or for this machine's device and torchrun's processes. -> it fits"""
     device = torch.device("cuda" if cfg.gpus or torch.cuda.is_available() else "cpu")
@@ -257,4 +308,9 @@ def show(cfg):
         print(f"{cfg.model.path}: {job.whole / 1e9:.3g} billion parameters, "
               f"{str(job.dtype)[6:]}, {world} x {'GPU' if job.cuda else 'CPU process'}",
               *table(job), f"micro-batches of up to {micro_batch(job)[2]:,.0f} tokens", verdict, sep="\n")
+        try:
+            for line in calls(cfg):
+                print(line)
+        except InputError as error:
+            print(f"the calls of language models cannot be counted: {error}")
     return verdict.startswith("fits")

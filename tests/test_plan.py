@@ -23,7 +23,7 @@ import train_grpo
 from bench.common import peak_bytes
 from prompts import Prompt
 from records import InputError
-from world import REPO, make_config, make_world
+from world import REPO, make_config, make_world, write_lines
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 P, R, G = 90, 20, 4  # prompt, response, samples
@@ -194,7 +194,9 @@ def test_the_plan_as_printed(call, monkeypatch, capsys, tmp_path, qwen):
     assert code == 0 and "fits: 90% of 80.0 GiB" in out
     assert "7.62 billion parameters, bfloat16, 8 x GPU" in out
     rows = {line[:32].strip(): [float(x.replace("-", "0")) for x in line[32:].split()]
-            for line in out.splitlines()[2:-2]}
+            for line in out.splitlines()[2:-3]}
+    told = out.splitlines()[-1]
+    assert told.startswith("the calls of language models cannot be counted: data.logs: no such file: ")
     gib = 7_615_616_512 / 2 ** 30
     cache = 2 * 2 * 28 * 4 * 128 * (64 * 2048 + 320 * 1024) / 2 ** 30  # keys, values of 64 prompts, 320 rows
     for name, column, expected in (("master weights", 0, gib / 2), ("gradients", 0, gib / 2),
@@ -207,6 +209,88 @@ def test_the_plan_as_printed(call, monkeypatch, capsys, tmp_path, qwen):
     assert code == 1 and "2 x GPU" in out and "does not fit" in out
     assert show("gpus=2", "gpu_gib=180")[0] == 0
     assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------------- calls of language models
+
+def log_of(session_id, users):
+    roles = ["user", "assistant"] * users
+    return dict(session_id=session_id, messages=[dict(role=role, content="'role': me?") for role in roles])
+
+
+@pytest.fixture
+def counted(tmp_path, tiny_checkpoint, tiny_tokenizer):
+    """counted(**keys) -> {role: (calls, millions of tokens in, out, hours)}. The logs hold 10 and 4 sessions
+    with three user messages each."""
+    write_lines(tmp_path / "logs.jsonl", [log_of(i, 3) for i in range(10)])
+    write_lines(tmp_path / "held.jsonl", [log_of(100 + i, 3) for i in range(4)])
+
+    def count(**keys):
+        flat = dict(run_dir=str(tmp_path / "run"), data__logs=[str(tmp_path / "logs.jsonl")],
+                    data__eval_logs=[str(tmp_path / "held.jsonl")], model__path=str(tiny_checkpoint),
+                    rollout__samples=5, train__prompts_per_step=4, train__eval_every=None, eval__samples=2)
+        lines = list(plan.calls(make_config(**flat | keys)))
+        assert not lines or lines[0].endswith("calls      M in     M out     hours")
+        assert len({len(line) for line in lines[:-2]}) <= 1 and max(map(len, lines), default=0) <= 110
+        rows = [line.replace(",", "").split() for line in lines[1:-2]]
+        return {name: list(map(float, cells)) for name, *cells in rows}
+
+    return count
+
+
+LLM = dict(reward__grader="llm", llm__grader__max_tokens=1_000_000, llm__grader__concurrency=1)
+TEST = 12 * (2 + 1)  # eval.py: 12 held-out points, 2 sampled responses and a greedy one
+CALLS = [  # config, the most gradings
+    (dict(train__steps=7), 7 * 4 * 5 + TEST),
+    (dict(train__epochs=3), 3 * 30 * 5 + TEST),
+    (dict(train__steps=7, train__loss="sft"), TEST),
+    # steps 0, 3, 6, 7; each reads the held-out turns twice; groups for report.html twice
+    (dict(train__steps=7, train__eval_every=3), 7 * 4 * 5 + 4 * 12 * 2 + 48 * 5 + TEST),
+    (dict(train__epochs=2, train__eval_every=4), 2 * 30 * 5 + (15 // 4 + 2) * 12 * 2 + 48 * 5 + TEST),
+    (dict(train__steps=7, train__eval_every=7, data__valid_sessions=2),
+     7 * 4 * 5 + 3 * 6 * 2 + 48 * 5 + TEST),
+    (dict(train__steps=7, data__eval_logs=[], data__split=0.5), 7 * 4 * 5 + 15 * 3),
+    (dict(train__steps=7, data__eval_logs=[]), 7 * 4 * 5)]
+
+
+@pytest.mark.parametrize("keys, most", CALLS)
+def test_the_most_gradings(counted, keys, most):
+    found = counted(**LLM | keys)
+    assert list(found) == ["llm.grader"] and found["llm.grader"][0] == most
+    assert found["llm.grader"][2:] == pytest.approx([most, most / 3600], abs=0.05)
+    both = counted(**LLM | keys, reward__audit=0.25)
+    assert both["llm.grader"] == found["llm.grader"] and both["llm.auditor"][0] == round(most / 4)
+
+
+def test_extraction_is_counted(counted, tiny_tokenizer):
+    """Sessions of both logs, each so often; the prompt and the session are read each time."""
+    extraction = dict(hindsight__source="llm", llm__extractor__max_tokens=1_000_000)
+    calls, read, written, hours = counted(**extraction)["llm.extractor"]
+    assert (calls, written) == (14, 14) and counted() == {}
+    extraction |= dict(hindsight__self_check=1000, llm__extractor__concurrency=2)
+    calls, read, _, hours = counted(**extraction)["llm.extractor"]
+    assert (calls, hours) == (14_000, pytest.approx(14_000 / 2 / 3600, abs=0.01))
+    prompt = (REPO / "prompts" / "extractor.md").read_text().strip()
+    size = len(tiny_tokenizer.tokenize(prompt)) + len(tiny_tokenizer.tokenize(str(log_of(1, 3))))
+    assert 0.99 < read * 1e6 / (14_000 * size) < 1.02
+
+
+def test_turns_that_are_made_are_counted(counted, tmp_path):
+    """Then only continue turns are graded."""
+    (tmp_path / "run" / "turns").mkdir(parents=True)
+    for name, decided in dict(train="ccs", eval="csss", valid="cc", marks="").items():
+        rows = [dict(decision="continue" if d == "c" else "stop") for d in decided]
+        write_lines(tmp_path / "run" / "turns" / f"{name}.jsonl", rows or [{"other": 1}])
+    keys = LLM | dict(train__epochs=6, train__eval_every=20)
+    assert counted(**keys)["llm.grader"][0] == 6 * 2 * 5 + (6 * 30 // 4 // 20 + 2) * 2 * 2 + 48 * 5 + 1 * 3
+
+
+@pytest.mark.parametrize("change, told", [
+    (dict(data__logs=["nowhere.jsonl"]), "no such file: nowhere.jsonl"),
+    (dict(model__path="{tmp_path}"), "no tokenizer"), (dict(llm__grader__prompt="no.md"), "prompt no.md")])
+def test_what_cannot_be_counted(counted, tmp_path, change, told):
+    with pytest.raises(InputError, match=told):
+        counted(**LLM | {k: v.format(tmp_path=tmp_path) if type(v) is str else v for k, v in change.items()})
 
 
 @pytest.mark.parametrize("wrong", [{"gpus": 8}, {"plan": True, "gpu_gib": 40.0}])
