@@ -9,12 +9,10 @@ measured peaks. Two phases matter: a training step, and the sampling of rollouts
 "Packed" tokens are all tokens of a micro-batch, "scored" tokens are those of its responses, "rows" are the
 responses that are decoded at once. Language models of llm.*.source=local are not counted.
 
-The calls of extractor, grader and auditor are counted from the config and the logs, or from the run's turns
-once hindsight.py has made them. Nobody is asked.
+The calls of extractor, grader and auditor are counted from the config and the logs. Nobody is asked.
 """
 import os
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 
@@ -25,7 +23,7 @@ import pack
 import parallel
 import rollout
 from prompts import PROMPTS, load_prompt, load_tokenizer
-from records import InputError, read_jsonl
+from records import InputError
 
 USABLE = 0.9  # of a device's memory; the rest is for CUDA's context, NCCL's buffers, fragmentation
 GIB = 2 ** 30
@@ -248,48 +246,33 @@ def table(job):
     yield row("total", [f"{need / GIB:.2f}" for need in totals(job).values()])
 
 
-def most_graded(cfg, users, held_out):
-    """The most responses that a run and its eval.py have graded. users, held_out: user messages by session.
-
-    Continue turns are those of turns/, or one for each user message where hindsight.py has not run.
-    """
-    t, each, samples = cfg.train, cfg.eval.samples, cfg.rollout.samples
-    turns = {"train": sum(users), "valid": sum(users[:cfg.data.valid_sessions]),
-             "eval": sum(held_out) or int(cfg.data.split * sum(users))}
-    for path in cfg.turns_path.glob("*.jsonl"):
-        turns[path.stem] = [turn.get("decision") for _, turn in read_jsonl(path)].count("continue")
-    graded = turns["eval"] * (each + 1)  # eval.py, sampled and greedy
-    if t.loss not in ("sft", "dpo"):
-        graded += samples * (t.steps * t.prompts_per_step if t.steps else t.epochs * turns["train"])
-    if t.eval_every:  # at the start and the end as well, and there 24 groups for report.html
-        times = (t.steps or t.epochs * sum(users) // t.prompts_per_step) // t.eval_every + 2
-        graded += times * each * (turns["valid"] or turns["eval"]) + 48 * samples
-    return graded
-
-
 def calls(cfg):
-    """What language models are asked at most -> the lines of a table, none where none is asked.
+    """About how much language models are asked -> the lines of a table, none where none is asked.
 
-    As many tokens are counted for the conversation that a call shows as a whole session has.
+    A user's message counts as a turn, each evaluation reads the held-out turns, and a call a whole session.
     """
-    how = cfg.hindsight
-    if "llm" not in (how.source, cfg.reward.grader) and not cfg.reward.audit:
+    t, source, grader = cfg.train, cfg.hindsight.source, cfg.reward.grader
+    if "llm" not in (source, grader) and not cfg.reward.audit:
         return
-    users, held_out = ([str(row).count("'role': 'user'") for _, row in logs.rows(cfg, name)]
-                       for name in ("logs", "eval_logs"))
-    sample = [row for _, row in islice(logs.rows(cfg), 50)]
-    cut, graded = load_tokenizer(cfg.model.path).tokenize, most_graded(cfg, users, held_out)
-    asks = {"extractor": (how.source == "llm") * how.self_check * len(users + held_out),
-            "grader": (cfg.reward.grader == "llm") * graded, "auditor": cfg.reward.audit * graded}
-    yield row("language models, at most", ["calls", "M in", "M out", "hours"])
+    train, other = ([str(row) for _, row in logs.rows(cfg, name)] for name in ("logs", "eval_logs"))
+    turns, held_out = ("".join(texts).count("'role': 'user'") for texts in (train, other))
+    steps = t.steps or t.epochs * turns // t.prompts_per_step
+    looks = steps // t.eval_every + 3 if t.eval_every else 1  # at the start and the end too, and by eval.py
+    graded = looks * (cfg.eval.samples + 1) * (held_out or cfg.data.split * turns)
+    if t.loss not in ("sft", "dpo"):
+        graded += steps * t.prompts_per_step * cfg.rollout.samples
+    asks = {"extractor": (source == "llm") * cfg.hindsight.self_check * len(train + other),
+            "grader": (grader == "llm") * graded, "auditor": cfg.reward.audit * graded}
+    cut = load_tokenizer(cfg.model.path).tokenize
+    session = len(cut("".join(train[:50]))) / max(len(train[:50]), 1)
+    yield row("language models, about", ["calls", "M in", "M out", "hours"])
     for name, n in asks.items():
         role = getattr(cfg.llm, name)
-        prompt = load_prompt(role.prompt or PROMPTS[name])
-        read = len(cut(prompt)) + len(cut(str(sample))) / max(len(sample), 1)
+        read = session + len(cut(load_prompt(role.prompt or PROMPTS[name])))
         if n:
-            yield (f"llm.{name:28}{n:10,.0f}{n * read / 1e6:10,.1f}{n * role.max_tokens / 1e6:10,.1f}"
-                   f"{n / role.concurrency / 3600:10,.2f}")
-    yield "gradings will be fewer: wrong decisions, stops and repeated responses are not asked about"
+            yield row(f"llm.{name}", [f"{x:,.1f}" for x in (
+                n, n * read / 1e6, n * role.max_tokens / 1e6, n / role.concurrency / 3600)])
+    yield "gradings are fewer: wrong decisions, stops and repeated responses are not asked about"
     yield "hours: if a call takes 1 s, and llm.ROLE.concurrency of them are under way at once"
 
 
