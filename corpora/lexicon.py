@@ -28,7 +28,7 @@ import hindsight
 import lexicon
 import metrics
 from records import InputError, cli, normal, slot_key, write_text
-from wording import split
+from wording import LEAD_IN, split
 
 SHARE = 0.9  # of the sentences with a cue, those that must ask for its slot
 MOST = 40  # values of a slot; lines of a list in the report
@@ -74,7 +74,7 @@ def cover(units, slot="", least=1):
         best = max(precise, key=lambda run: (adds[run], run in slot, -run.count(" "), len(run), run),
                    default="")
         if adds[best] < least:
-            return cues, wanted
+            return cues
         cues.append(best)
         wanted = [found for found in wanted if best not in found]
 
@@ -94,7 +94,7 @@ def gather(sessions):
         revealed = {}
         for m in reversed(s.messages):
             if m.asks is not None:
-                said[s.goal, m.content.lower()].update(map(slot_key, m.asks or [""] * bool(revealed)))
+                said[s.goal, m.content.lower()].update([None, *map(slot_key, m.asks or [""] * bool(revealed))])
             revealed = m.learned or {}
             for slot in ("", *(m.asks or ()), *revealed):
                 goals[slot_key(slot)].add(s.goal)
@@ -114,30 +114,28 @@ def mine(sessions):
                          "and a lexicon is mined from both; docs/lexicon.md shows how to write one by hand")
 
     def pieces(lex=None):
-        return [(goal, slots, text, piece, asks) for (goal, text), slots in said.items()
-                for piece, asks in lexicon.sentences(text, lex)]
+        return [(goal, slots, text, LEAD_IN.sub("", piece), asks) for (goal, text), slots in said.items()
+                for piece, asks in lexicon.sentences(text, lex) * min(2, slots[None])]
 
-    tree["requests"], _ = cover([(openings(piece), any(slots) and not lexicon.questions(text))
+    tree["requests"] = cover([(openings(piece), any(slots) and not lexicon.questions(text))
                                  for _, slots, text, piece, asks in pieces() if not asks])
     found = pieces(lexicon.Lexicon.model_validate(tree))
-    tree["openers"], _ = cover([(openings(piece), asks) for *_, piece, asks in found])
+    tree["openers"] = cover([(openings(piece), asks) for *_, piece, asks in found])
     units = [(goal, slots, runs(piece)) for goal, slots, _, piece, asks in found if asks]
     for slot in tqdm(sorted(goals, key=lambda slot: (-asked[slot], slot)), "slots", disable=None):
         if ":" in slot:
             raise InputError(f"data.logs: the slot {slot!r} holds a colon, as an attribute cannot: rename it")
-        cues, missed = cover([(held, slot in slots) for _, slots, held in units], slot, 2)
-        within = [(held, slot in slots) for goal, slots, held in units if goal in goals[slot]]
-        own_cues, own_missed = cover(within, slot, 2)
-        tree["attributes"][slot] = entry = {"asks": cues}
-        if len(own_missed) < len(missed):
-            entry |= {"asks": own_cues, "goals": regexes(sorted(goals[slot]))}
+        here = [(held, slot in slots) for goal, slots, held in units if goal in goals[slot]]
+        tree["attributes"][slot] = entry = {"asks": cover(here, slot, 2)}
+        if goals[slot] < goals[""]:
+            entry["goals"] = regexes(sorted(goals[slot]))
         often = [value for value, n in values[slot].most_common(MOST) if n > 1]
         if often and {*values[slot]} <= {"yes", "no", "true", "false"}:
             entry["yes_no"] = True
         else:
             entry["values"] = {value: regexes([value]) for value in often}
     tree["generic_questions"] = tree["attributes"].pop("")["asks"]
-    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=108, default_flow_style=None)
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=108)
     for slot, n in asked.items():
         text = text.replace(f"\n  {slot}:\n", f"\n  {slot}:  # asked for {n} times\n")
     return text
