@@ -675,7 +675,7 @@ WINDOW = 200  # documents sorted by length at once
 USER_WEIGHT = 0.2  # of the loss on users' words, which teaches what belongs to which question
 
 
-def make_tokenizer(docs):
+def make_tokenizer(docs, size=VOCABULARY):
     """Byte-level BPE over the corpus, with Qwen2's way of splitting words and ChatML's template.
 
     transformers reads it back as a Qwen2 tokenizer, whatever class wrote it.
@@ -686,7 +686,7 @@ def make_tokenizer(docs):
     bpe.normalizer, bpe.decoder = normalizers.NFC(), decoders.ByteLevel()
     words = pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL, show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator((f"{role}\n{text}" for doc in docs for role, text, _ in doc), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
@@ -745,9 +745,9 @@ def next_token_loss(model, documents):
     return F.cross_entropy(logits, ids[scored], reduction="none") @ weights[scored] / weights.sum()
 
 
-def train_base(docs, tokenizer, folder, seed, steps=None):
+def train_base(docs, tokenizer, folder, seed, steps=None, shape=SHAPE):
     """One pass of next-token loss on the assistant's words and, lightly, the user's. Writes the model."""
-    write_json(folder / "config.json", {**SHAPE, "vocab_size": len(tokenizer),
+    write_json(folder / "config.json", {**shape, "vocab_size": len(tokenizer),
                                         "eos_token_id": tokenizer.eos_token_id,
                                         "pad_token_id": tokenizer.pad_token_id})
     model = new_model(folder, seed)
