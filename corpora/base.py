@@ -3,15 +3,19 @@
     python -m corpora.base cfg.yaml [key=value ...]     # writes the folder that model.path names
 
 It is a Qwen2 of about 2.4 million parameters with a tokenizer of its own, in Hugging Face format, trained
-from scratch on the text of the training sessions alone. It plays the pretrained model: it knows how people
-talk there, and nothing of the task. It continues conversations under neutral system prompts and as either
-side: in half of what it reads the roles are exchanged, so nothing tells it that it is the expert. It never
-sees an annotation or a held-out session, and neither the policy's prompt nor the stop marker in training
-(the tokenizer sees both, so that they are short). So SFT and GRPO have the task left to teach.
+from scratch on the text of the training sessions alone. It plays the pretrained model: it knows how both
+sides talk there, and nothing of the task. It learns what users say from whole conversations, so it can read
+them. What experts say it learns from exchanges (an expert's message and the reply) that are torn out of any
+sessions, in any order: what is asked there, but not what an expert asks next, nor when to stop. It never
+sees an annotation, a held-out session, the policy's prompt or the stop marker (the tokenizer sees these two,
+so that they are short). All that is left for SFT and GRPO to teach.
 
-It trains for a number of tokens, and for a number of passes at most: many sessions are read once, or not all
-of them. A rerun with the same logs and seed returns at once. A folder that was made otherwise, or by others,
-is never overwritten.
+(A first version learned experts' words from whole conversations too. That was SFT in disguise: it knew the
+training sessions by heart, and GRPO found hardly a group whose responses differed.)
+
+It trains for a number of tokens, and for a number of passes at most: of many sessions only some are read. A
+rerun with the same logs and seed returns at once. A folder that was made otherwise, or by others, is never
+overwritten.
 """
 import hashlib
 import random
@@ -23,46 +27,48 @@ import torch
 
 import config
 import hindsight
-from prompts import fill_goal, load_prompt
-from records import STOP, InputError, cli, lock, read_json, write_json
+import model as decoder
+from prompts import apply_template, load_prompt
+from records import STOP, InputError, cli, read_json, write_json
 from rollout import Sampling, generate
 from toy import world
 
-NEUTRAL = ["A conversation.", "A conversation about this: {goal}"]
+NEUTRAL = "A conversation."  # its system prompt
 FEWEST = 50  # training sessions
-STEPS = 1600  # of 800 tokens; fewer where so many documents do not fill them:
-PASSES, DOCUMENTS = 20, 20_000  # of each session on the mean; in all
+STEPS = 1000  # of 800 tokens; fewer where so many documents do not fill them:
+PASSES, DOCUMENTS = 6, 20_000  # conversations and as many exchanges for each session; in all
 SHAPE = {**world.SHAPE, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
          "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 8192}
 
 
 def documents(sessions, n, seed):
-    """n documents [(role, text, weight)] of sessions drawn at random: a neutral prompt, the conversation.
-
-    In every other one the roles are exchanged. Of a long session the first 40 messages are read, and of a
-    long message 600 characters.
-    """
+    """n documents [(role, text, weight)]: conversations drawn at random, and in every other one's place as
+    many exchanges of any sessions. In the conversations the experts' words have weight 0."""
+    talks = [[(m.role, m.content.replace("<|", "< |")[:600])  # <|im_end|> in a text is but a text
+              for m in hindsight.utterances(session.messages)[:40]] for session in sessions]
+    exchanges = [talk[i:i + 2] for talk in talks for i, (role, _) in enumerate(talk) if role == "assistant"]
+    if not exchanges:
+        raise InputError("no assistant says anything in these sessions: there is nothing to learn")
     rng, docs = random.Random(seed), []
-    for session in rng.choices(sessions, k=n):
-        prompt, roles = rng.choice(NEUTRAL), rng.sample(["user", "assistant"], 2)
-        said = [(roles[m.role == "user"], m.content.replace("<|", "< |")[:600], 1)  # <|im_end|> is but a text
-                for m in hindsight.utterances(session.messages)[:40]]
-        docs.append([("system", fill_goal(prompt, session.goal), 0), *said])
+    for i, talk in enumerate(rng.choices(talks, k=n)):
+        said = sum(rng.choices(exchanges, k=1 + len(talk) // 2), []) if i % 2 else talk
+        docs.append([("system", NEUTRAL, 0), *((role, text, i % 2) for role, text in said)])
     return docs
 
 
 def show(model, tokenizer, *parts):
     """Print the loss on training sessions and on held-out ones, and a reply in one of these."""
-    samples = [documents(sessions, 50, 0) for sessions in parts]
+    coded = [[world.encode(doc, tokenizer.encode) for doc in documents(sessions, 60, 0)]
+             for sessions in parts]
     with torch.no_grad():
-        seen, unseen = (world.next_token_loss(model, [world.encode(doc, tokenizer.encode) for doc in docs])
-                        for docs in samples)
-    *before, (role, *_) = samples[1][0][:3]
-    prompt = world.encode([*before, (role, "", 0)], tokenizer.encode)[0][:-2]  # up to its text
+        seen, unseen = (world.next_token_loss(model, docs) for docs in coded)
+    first = hindsight.utterances(parts[1][0].messages)[0].content
+    prompt = apply_template(tokenizer, [{"role": "system", "content": NEUTRAL},
+                                        {"role": "user", "content": first}])
     how = Sampling(max_new_tokens=40, temperature=0)
     [[reply]] = generate(model, [prompt], {tokenizer.eos_token_id}, how)
     print(f"""loss of a token: {seen:.2f} nats in training sessions, {unseen:.2f} in held-out ones
-after {before[-1][1]!r} it says {tokenizer.decode(reply.tokens)!r}
+to {first!r} it replies {tokenizer.decode(reply.tokens)!r}
 This shows whether the way from these logs to a policy works. It says nothing about large models.""")
 
 
@@ -71,25 +77,23 @@ def make(cfg, steps=STEPS):
     config.need(cfg, "model.path", "data.logs")
     out, prompt = Path(cfg.model.path), load_prompt(cfg.data.prompt)
     sessions, held_out = hindsight.sessions(cfg)
-    text = f"{Path(__file__).read_text()}{prompt}{cfg.seed}{steps}{sessions}"
+    if len(sessions) < FEWEST or not held_out:
+        raise InputError(f"{cfg.data.logs}: {len(sessions)} training and {len(held_out)} held-out sessions "
+                         f"with text; {FEWEST} and 1 are needed (data.split, data.eval_logs)")
+    docs = documents(sessions, min(2 * PASSES * len(sessions), DOCUMENTS), cfg.seed)
+    text = f"{docs}{prompt}{cfg.seed}{steps}{SHAPE}"
     stamp, made = {"made from": hashlib.sha256(text.encode()).hexdigest()}, out / ".made.json"
     if made.is_file() and read_json(made) == stamp:
         return print(f"{out}: already made")
     if out.exists():
         raise InputError(f"model.path={out} is another model than these logs and this seed make here: remove "
                          "it, or name another folder")
-    if len(sessions) < FEWEST or not held_out:
-        raise InputError(f"{cfg.data.logs}: {len(sessions)} training and {len(held_out)} held-out sessions "
-                         f"with text; {FEWEST} and 1 are needed (data.split, data.eval_logs)")
-    docs = documents(sessions, min(PASSES * len(sessions), DOCUMENTS), cfg.seed)
     tokenizer = world.make_tokenizer(docs[:5000] + [[("system", prompt + STOP, 0)]] * 500, 4096)
-    lock(out.parent, f".{out.name}.lock")
-    with tempfile.TemporaryDirectory(dir=out.parent) as aside:
-        folder = Path(aside, "base")
-        tokenizer.save_pretrained(folder)
-        model = world.train_base(docs, tokenizer, folder, cfg.seed, steps, SHAPE)
-        write_json(folder / made.name, stamp)  # a hidden file: model.export does not carry it along
-        folder.rename(out)
+    with tempfile.TemporaryDirectory() as aside:
+        tokenizer.save_pretrained(aside)
+        model = world.train_base(docs, tokenizer, Path(aside), cfg.seed, steps, SHAPE)
+        decoder.export(model, aside, out)
+    write_json(made, stamp)  # a hidden file: an export does not carry it along
     show(model, tokenizer, sessions, held_out)
 
 

@@ -64,25 +64,35 @@ def test_same_seed_same_bytes_a_rerun_returns_at_once_another_setting_is_refused
     assert not list(once.parent.glob("*.tmp"))
 
 
-def test_it_reads_what_both_sides_say_as_either_side_and_nothing_else():
-    sessions = [hindsight.check_session(row)[0] for row in SESSIONS]
-    docs = base.documents(sessions, 400, 0)
-    said = {u.content: u.role for session in sessions for u in hindsight.utterances(session.messages)}
-    spoken = [(role, text) for doc in docs for role, text, weight in doc if weight]
-    assert {text for _, text in spoken} <= set(said)
-    as_they_were = sum(role == said[text] for role, text in spoken) / len(spoken)
-    assert 0.4 < as_they_were < 0.6
-    prompts = {doc[0] for doc in docs}
-    assert prompts == {("system", text.replace("{goal}", toy.GOAL), 0) for text in base.NEUTRAL}
-    assert not any(STOP in text or "Ask one question" in text for doc in docs for _, text, _ in doc)
+def talk_of(row):
+    return [(m.role, m.content) for m in hindsight.utterances(hindsight.check_session(row)[0].messages)]
+
+
+def test_experts_words_are_learned_from_torn_out_exchanges_alone():
+    talks = [talk_of(row) for row in SESSIONS]
+    steps = {step for talk in talks for step in zip(talk, talk[1:])}
+    docs = base.documents([hindsight.check_session(row)[0] for row in SESSIONS], 400, 0)
+    assert {doc[0] for doc in docs} == {("system", base.NEUTRAL, 0)}
+    whole, torn = docs[::2], docs[1::2]
+    for _, *said in whole:
+        assert [message[:2] for message in said] in talks
+        assert not any(weight for role, _, weight in said if role == "assistant")
+    taken = [step for _, *said in torn for step in zip(said, said[1:])]
+    assert all(weight for _, *said in torn for _, _, weight in said)
+    seen = {"user": [], "assistant": []}  # is this step one of the logs?, by who speaks second
+    for before, after in taken:
+        seen[after[0]].append((before[:2], after[:2]) in steps)
+    assert all(seen["user"]) and sum(seen["assistant"]) < 0.1 * len(seen["assistant"])
+    assert sum(map(len, whole)) == pytest.approx(sum(map(len, torn)), rel=0.2)
 
 
 def test_long_texts_are_cut_and_special_tokens_broken_up():
     messages = [{"role": "user", "content": "<|im_end|>" + "a" * 999},
                 {"role": "assistant", "content": "how long?"}] * 50
-    [doc] = base.documents([hindsight.check_session({"session_id": 1, "messages": messages})[0]], 1, 0)
-    assert len(doc) == 41 and {len(text) for _, text, _ in doc[1:]} == {600, 9}
-    assert "< |im_end|>" in doc[1][1] + doc[2][1]
+    session = hindsight.check_session({"session_id": 1, "messages": messages})[0]
+    for doc in base.documents([session], 2, 0):
+        assert len(doc) <= 43 and {len(text) for _, text, _ in doc[1:]} == {600, 9}
+        assert not any("<|" in text for _, text, _ in doc)
 
 
 def test_interrupted_it_leaves_nothing_half_made(make, monkeypatch, tmp_path):
@@ -109,3 +119,6 @@ def test_what_a_user_gets_wrong(make, tmp_path):
         make(blank)
     with pytest.raises(InputError, match="0 held-out"):
         make(SESSIONS, "data.eval_logs=[]")
+    alone = [{"session_id": i, "messages": [{"role": "user", "content": "Hello"}]} for i in range(80)]
+    with pytest.raises(InputError, match="no assistant"):
+        make(alone)
