@@ -251,10 +251,10 @@ def asked(text, lex, strict=True):
 def asks_generic(text, lex):
     """Is this a well-formed question for nothing in particular ("Anything else?"), without a cue anywhere?"""
     pieces = sentences(text, lex)
-    if not _tidy(text) or any(find(sentence, lex.asks) for sentence, _ in pieces):
-        return False
-    return any(is_question and find(s, enumerate(lex.generic_questions)) and _well_formed(s, lex)
-               for s, is_question in pieces)
+    without_cue = not any(find(sentence, lex.asks) for sentence, _ in pieces)
+    return without_cue and _tidy(text) and any(
+        is_question and find(s, enumerate(lex.generic_questions)) and _well_formed(s, lex)
+        for s, is_question in pieces)
 
 
 def _tidy(text):
@@ -336,7 +336,7 @@ def revealed(question, answer, lex):
     but a yes or no answers the yes_no attributes just asked for and not answered otherwise. If there are as
     many such clauses as attributes, each answers one. Else they answer all alike, or none if they disagree.
     """
-    before = asked(question, lex, strict=False) if question else []
+    before = asked(question or "", lex, strict=False)
     just_asked_first = sorted(lex.values, key=lambda entry: entry[0][0] not in before)
     found = dict(label for _, _, label in find(answer, just_asked_first))
     unanswered = [a for a in before if lex.attributes[a].yes_no == "true" and a not in found]

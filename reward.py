@@ -75,7 +75,7 @@ def r_a_rules(turn, response, lex, many_valued=(), garbled=None):
         return 0.0
     asked = lexicon.asked(response, lex)
     if not asked:
-        return 0.5 if lexicon.asks_generic(response, lex) else 0.0
+        return lexicon.asks_generic(response, lex) / 2
     wanted = {same(item)[0] for item in turn.target}
     hits = [slot_key(attribute) in wanted for attribute in asked]
     if all(hits):

@@ -31,8 +31,7 @@ def split(text):
 
 def questions_in(text, lex=None):
     """Each, also a request of the lexicon, without its lead-in."""
-    asking = (sentence for sentence, asks in sentences(text, lex) if asks)
-    return [split(LEAD_IN.sub("", sentence)) for sentence in asking]
+    return [split(LEAD_IN.sub("", sentence)) for sentence, asks in sentences(text, lex) if asks]
 
 
 def trigrams(questions):

@@ -195,7 +195,7 @@ def test_an_experts_careless_question_gives_a_no_its_meaning(lex):
     assert lexicon.revealed("And the fever and the fever?", "no", lex) == {"fever": "no"}
 
 
-# ------------------------------------------------------------------------------------------ requests and goals
+# ---------------------------------------------------------------------------------------- requests and goals
 
 REQUESTS = THROAT.replace("\nattributes:", "\nrequests: [please, tell me, 请告诉我]\nattributes:")
 

@@ -154,7 +154,8 @@ def test_modes(mode, wanted):
 
 
 @pytest.mark.parametrize("r_a, omega, response", [
-    (1, 1, "Please tell me of any fever."), (1, 0.5, "Please tell me of any fever. How long have you had it?"),
+    (1, 1, "Please tell me of any fever."),
+    (1, 0.5, "Please tell me of any fever. How long have you had it?"),
     (1, 0.5, "Please tell me of any fever and since when."), (0, 0.5, "Please sit down. Do you smoke?"),
     (1, 0, "Please wait. Please sit down. Please tell me of any fever."), (0, 0, "No fever, please."),
     (0, 1, "Please tell me of any medicine.")])
