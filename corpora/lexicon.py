@@ -3,14 +3,15 @@
     python -m corpora.lexicon mine cfg.yaml [key=value ...] [--out FILE] [--force]
     python -m corpora.lexicon check cfg.yaml [key=value ...]
 
-`mine` reads the training sessions: `asks` (the slots that an expert's message asks for) and `learned` (what a
-user's message reveals). It writes data.lexicon, or FILE, for a person to edit. `check` compares what a lexicon
-finds in the experts' messages of the held-out sessions with `asks`. docs/lexicon.md explains both.
+`mine` reads the training sessions: `asks` (the slots that an expert's message asks for) and `learned` (what
+a user's message reveals). It writes data.lexicon, or FILE, for a person to edit. `check` compares what a
+lexicon finds in the experts' messages of the held-out sessions with `asks`. docs/lexicon.md explains both.
 
-A cue is a run of up to three words of a question, without digits and marks. Of the sentences with it, 90%
-must be of messages that ask for the slot. The first cue of a slot stands in most of its sentences; each further one
-adds most of those left, two at least. A slot gets `goals` where cues cover more of its sentences if only those
-at its goals count. These numbers are fixed: nothing is tuned on the logs.
+A slot gets `goals`: those of the sessions in which it occurs, unless these are all, or goals hardly come back.
+A cue is a run of up to three words of a question, without digits and marks. Of the sentences with it, at the
+slot's goals, 90% must be of messages that ask for the slot. The first cue of a slot stands in most of its
+sentences; each further one adds most of those left, two at least. What is said more than once counts twice.
+These numbers are fixed: nothing is tuned on the logs.
 """
 import argparse
 import re
@@ -27,7 +28,7 @@ import config
 import hindsight
 import lexicon
 import metrics
-from records import InputError, cli, normal, slot_key, write_text
+from records import InputError, cli, same, slot_key, write_text
 from wording import LEAD_IN, split
 
 SHARE = 0.9  # of the sentences with a cue, those that must ask for its slot
@@ -54,6 +55,12 @@ def runs(text):
             if not re.search(r"[^\w\s'’-]|\d", run := text[start:end])}
 
 
+def without_lead_in(text):
+    """"Right, and your name?" without "Right, ", where three words are left: not "Your name, please?"."""
+    rest = LEAD_IN.sub("", text)
+    return rest if len(rest.split()) > 2 else text
+
+
 def openings(text):
     """Those with which it begins."""
     return {*filter(text.startswith, runs(text))}
@@ -66,9 +73,8 @@ def cover(units, slot="", least=1):
     name, else has fewest words, else is longest.
     """
     wanted = [found for found, is_wanted in units if is_wanted]
-    held, right, cues = Counter(chain(*(found for found, _ in units))), Counter(chain(*wanted)), []
-    precise = [run for run in right if right[run] >= SHARE * held[run]]
-    least = min(least, len(wanted) or 1)
+    held, cues, least = Counter(chain(*(found for found, _ in units))), [], min(least, len(wanted) or 1)
+    precise = [run for run, n in Counter(chain(*wanted)).items() if n >= SHARE * held[run]]
     while True:
         adds = Counter(chain(*wanted))
         best = max(precise, key=lambda run: (adds[run], run in slot, -run.count(" "), len(run), run),
@@ -91,15 +97,16 @@ def gather(sessions):
     """
     said, values, goals = defaultdict(Counter), defaultdict(Counter), defaultdict(set)
     for s in sessions:
-        revealed = {}
+        revealed = []
         for m in reversed(s.messages):
-            if m.asks is not None:
-                said[s.goal, m.content.lower()].update([None, *map(slot_key, m.asks or [""] * bool(revealed))])
-            revealed = m.learned or {}
-            for slot in ("", *(m.asks or ()), *revealed):
+            if m.asks is not None and m.role == "assistant":
+                slots = [*map(slot_key, m.asks or [""] * bool(revealed))]
+                said[s.goal, m.content.lower()].update([None, *slots])  # None: how often it is said
+            revealed = [same(item) for item in hindsight.annotated(m)]
+            for slot, value in revealed:
+                values[slot][value] += 1
+            for slot in ("", *(m.asks or ()), *dict(revealed)):
                 goals[slot_key(slot)].add(s.goal)
-            for slot, value in revealed.items():
-                values[slot_key(slot)][normal(hindsight.value_text(value))] += 1
     if 5 * len(goals[""]) > len(sessions) or not all(goals[""]):  # goals that hardly come back tell nothing
         goals = dict.fromkeys(goals, goals[""])
     return said, values, goals
@@ -114,7 +121,7 @@ def mine(sessions):
                          "and a lexicon is mined from both; docs/lexicon.md shows how to write one by hand")
 
     def pieces(lex=None):
-        return [(goal, slots, text, LEAD_IN.sub("", piece), asks) for (goal, text), slots in said.items()
+        return [(goal, slots, text, without_lead_in(piece), asks) for (goal, text), slots in said.items()
                 for piece, asks in lexicon.sentences(text, lex) * min(2, slots[None])]
 
     tree["requests"] = cover([(openings(piece), any(slots) and not lexicon.questions(text))
@@ -129,7 +136,7 @@ def mine(sessions):
         tree["attributes"][slot] = entry = {"asks": cover(here, slot, 2)}
         if goals[slot] < goals[""]:
             entry["goals"] = regexes(sorted(goals[slot]))
-        often = [value for value, n in values[slot].most_common(MOST) if n > 1]
+        often = [value for value, n in values[slot].most_common(MOST) if value and n > 1]
         if often and {*values[slot]} <= {"yes", "no", "true", "false"}:
             entry["yes_no"] = True
         else:
@@ -144,14 +151,15 @@ def mine(sessions):
 # ------------------------------------------------------------------------------------------------------ check
 
 def report(lex, sessions, seen):
-    """What a lexicon finds in experts' messages beside their `asks` -> (precision and recall, as a table;
-    slots and texts that it reads rightly or wrongly, in any form). seen: texts of training sessions, split.
+    """Print what a lexicon finds in experts' messages beside their `asks` -> the table of its figures.
+
+    seen: the texts of the training sessions, as wording.split has them. Slots and texts count in any form.
     """
     part = np.zeros((2, len(sessions), 2, 2, 2))  # right or all, session, form, texts, precision or recall
     texts = {kind: Counter() for kind in ("right", "missed", "false")}
     for i, s in enumerate(sessions):
         for m in s.messages:
-            if m.asks is None:
+            if m.asks is None or m.role == "user":
                 continue
             asked = {*map(slot_key, m.asks)}
             for strict in (1, 0):
@@ -167,13 +175,14 @@ def report(lex, sessions, seen):
     grid = [["held-out sessions", "precision", "recall", "found", "asked"]]
     for name, k in SCOPES.items():
         grid.append([name, *cells[k:k + 2], *(f"{n:.0f}" for n in of[k:k + 2])])
+    figures = metrics.aligned(grid)
     counts = [Counter(slot for slot, _ in found.elements()) for found in texts.values()]
     slots = [[slot, *(str(n[slot]) for n in counts)] for slot in sorted(set().union(*counts))]
-    lines = [metrics.aligned([["slot", *texts], *slots])]
+    print(figures, metrics.aligned([["slot", *texts], *slots]), sep="\n\n")
     for kind in ("missed", "false"):
-        lines.append(f"\n{kind}:")
-        lines += [f"{n:6} {slot}: {text}" for (slot, text), n in texts[kind].most_common(MOST)]
-    return metrics.aligned(grid), "\n".join(lines)
+        print(f"\n{kind}:", *(f"{n:6} {slot}: {text}" for (slot, text), n in texts[kind].most_common(MOST)),
+              sep="\n")
+    return figures
 
 
 def main():
@@ -186,20 +195,18 @@ def main():
     cfg = config.load(args.config)
     path = cfg.data.lexicon = args.out or cfg.data.lexicon
     config.need(cfg, "data.logs", "data.lexicon")
-    mining = args.what == "mine"
-    if mining and Path(path).exists() and not args.force:
-        raise InputError(f"{path} exists, perhaps edited: --force replaces it, --out names another file")
     sessions, held_out = hindsight.sessions(cfg)
     if not any(m.asks for s in held_out for m in s.messages):
         raise InputError("no held-out session has `asks`: set data.split, or data.eval_logs to labelled logs")
     seen = {split(m.content) for s in sessions for m in s.messages}
-    if mining:
-        text = mine(sessions)
-        write_text(path, text)
-    figures, wrong = report(lexicon.load(path), held_out, seen)
-    print(figures, wrong, sep="\n\n")
-    if mining:
-        write_text(path, indent(figures, "# ") + "\n" + text)
+    if args.what == "check":
+        report(lexicon.load(path), held_out, seen)
+        return
+    if Path(path).exists() and not args.force:
+        raise InputError(f"{path} exists, perhaps edited: --force replaces it, --out names another file")
+    text = mine(sessions)
+    lex = lexicon.Lexicon.model_validate(yaml.load(text, lexicon.TextLoader))
+    write_text(path, indent(report(lex, held_out, seen), "# ") + "\n" + text)
 
 
 if __name__ == "__main__":

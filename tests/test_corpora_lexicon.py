@@ -5,7 +5,7 @@ import yaml
 import corpora.lexicon as miner
 import hindsight
 import lexicon
-from world import read_lines, write_lines
+from world import REPO, read_lines, write_lines
 
 NAMES = ["Ada", "Bob", "Cid"]
 
@@ -161,6 +161,20 @@ def test_a_slot_of_all_goals_has_none(tmp_path, config_file, call):
     assert tree["attributes"]["day"] == {"asks": ["day"], "values": {"monday": ["monday"]}}
 
 
+def test_empty_annotations_change_nothing(tmp_path, config_file, call):
+    call(miner, "mine", config_file)
+    before = (tmp_path / "lexicon.yaml").read_text()
+    for name in ("train", "test"):
+        rows = read_lines(tmp_path / f"{name}.jsonl")
+        for m in (m for row in rows for m in row["messages"]):
+            m |= {"asks": []} if m["role"] == "user" else {"learned": {}}
+            if m["role"] == "user":
+                m["learned"] |= {"wish": None}
+        write_lines(tmp_path / f"{name}.jsonl", rows)
+    call(miner, "mine", config_file, "--force")
+    assert (tmp_path / "lexicon.yaml").read_text() == before
+
+
 def test_goals_that_hardly_come_back_are_not_used(tmp_path, config_file, call):
     rows = [row | {"goal": f"Goal {i}"} for i, row in enumerate(read_lines(tmp_path / "train.jsonl"))]
     write_lines(tmp_path / "train.jsonl", rows)
@@ -181,3 +195,17 @@ def test_a_cover_by_hand():
     assert miner.cover([(set("a"), False)], least=2) == miner.cover([]) == []
     mixed = [(set("a"), True)] * 9 + [(set("a"), False)]
     assert miner.cover(mixed) == ["a"] and miner.cover(mixed[1:]) == []
+
+
+def test_a_lead_in_is_no_cue_but_a_short_question_is_no_lead_in():
+    assert miner.without_lead_in("right, and your pin please") == "and your pin please"
+    for text in ("your pin, please", "where to, then"):
+        assert miner.without_lead_in(text) == text
+
+
+def test_the_example_of_the_page(tmp_path):
+    page = (REPO / "docs" / "lexicon.md").read_text(encoding="utf-8")
+    (tmp_path / "lexicon.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    lex = lexicon.load(tmp_path / "lexicon.yaml")
+    for goal, wanted in (("Book a ride.", ["destination"]), ("Book a flight.", ["arrival"])):
+        assert lexicon.asked("Where to? Please tell me of your bags.", lex.at(goal)) == [*wanted, "luggage"]
