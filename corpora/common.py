@@ -1,61 +1,34 @@
-"""What the readers of public corpora share: finding and checking the files, writing the log, the counts."""
+"""What the readers of public corpora share: finding, checking and reading the files, writing the log."""
 import json
-import re
 import sys
-from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
 
 from records import InputError, write_jsonl
 
-# A text that only the dialogues of a corpus hold, and those of the corpora above it
-MARKS = {"star": '"Events"', "multiwoz": '"turn_id"', "sgd": '"dialogue_id"'}
+# A key that only the dialogues of one corpus hold
+MARKS = {"multiwoz": "'turn_id'", "sgd": "'canonical_values'", "star": "'Events'"}
 
 
-def load(path, corpus=None):
-    """A JSON file -> its content. InputError: it is missing or broken, or holds another corpus."""
+def load(path):
+    """A JSON file -> its content. InputError: it is missing or broken."""
     try:
-        text = path.read_text("utf-8")
-        content = json.loads(text)
+        return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no JSON ({error}): get it again as published; if it begins with "
-                         "'version https://git-lfs' it is a git LFS pointer: run git lfs pull")
-    looks = next((name for name, mark in MARKS.items() if mark in text), corpus)
-    if looks != corpus:
-        raise InputError(f"{path}: these files look like {looks}: python -m corpora.{looks}")
-    return content
+        raise InputError(f"{path} is no JSON ({error}): get it again; a git LFS pointer needs git lfs pull")
 
 
-def message(text, **notes):
-    """A message of a log: the user's, where `learned` is given, else the assistant's."""
-    return {"role": "user" if "learned" in notes else "assistant", "content": text, **notes}
+def cut(session):
+    """Take out what follows the message after the last that asks or reveals something -> the session.
 
-
-def end(messages):
-    """How many messages there are up to what the assistant says once all is asked and revealed.
-
-    >>> said = [message("Hi", learned={}), message("When?", asks=["day"]), message("5", learned={"day": 5})]
-    >>> end([*said, message("Booked."), message("Thanks", learned={}), message("Bye.")]), end(said[:1])
-    (4, 0)
+    >>> cut({"messages": [{"content": "Hi"}, {"learned": {"day": 5}}, {"asks": []}, {"learned": {}}]})
+    {'messages': [{'content': 'Hi'}, {'learned': {'day': 5}}, {'asks': []}]}
     """
-    marks = (m["role"][0].upper() if m.get("asks") or m.get("learned") else m["role"][0] for m in messages)
-    return re.match(".*(U|Aa*)u*a*|", "".join(marks)).end()
-
-
-def rows(paths, corpus, read, n):
-    """Yield the sessions of the files. n: a Counter, filled with what they hold."""
-    for path in tqdm(paths, unit=" files", disable=None):
-        try:
-            for row in read(path, load(path, corpus)):
-                del row["messages"][end(row["messages"]):]
-                n.update(key for said in row["messages"] for key in said if said[key])
-                n["sessions" if row["messages"] else "empty"] += 1
-                if row["messages"]:
-                    n["failed"] += row.get("success") is False
-                    yield row
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise InputError(f"{path} is not as {corpus} was published ({error!r}): get it again")
+    messages = session["messages"]
+    while messages and not any(said.get("asks") or said.get("learned") for said in messages[-2:]):
+        messages.pop()
+    return session
 
 
 def convert(corpus, read):
@@ -65,12 +38,21 @@ def convert(corpus, read):
     folder, out = map(Path, sys.argv[1:])
     paths = sorted(folder.resolve().rglob("*[0-9].json"))
     if not paths:
-        raise InputError(f"{folder}: no such folder, or no dialogues in it (dialogues_001.json, 1.json): "
-                         "name the folder of the corpus as published, or its folder of dialogues")
+        raise InputError(f"{folder} is no folder with dialogues (such as 1.json): name that of the corpus")
     if out.is_dir():
         raise InputError(f"{out} is a folder: name a file, such as {out / corpus}.jsonl")
-    n = Counter()
-    write_jsonl(out, rows(paths, corpus, read, n))
-    print(f"{out}: {n['sessions']} sessions ({n['failed']} with success: false), {n['role']} messages, "
-          f"{n['learned']} user messages with learned, {n['asks']} assistant messages with asks; "
-          f"set aside: {n['empty']} sessions in which nothing is asked or revealed")
+    first = str(load(paths[0]))
+    for name, mark in MARKS.items():
+        if mark in first and name != corpus:
+            raise InputError(f"{paths[0]} looks like {name}: python -m corpora.{name}")
+    rows = []
+    for path in tqdm(paths, unit=" files", disable=None):
+        try:
+            rows += map(cut, read(path, load(path)))
+        except InputError:
+            raise
+        except Exception as error:  # a key that is missing, a list where an object should be, ...
+            raise InputError(f"{path} is not as {corpus} was published ({error!r}): get it again")
+    used = [row for row in rows if row["messages"]]
+    write_jsonl(out, used)
+    print(f"{out}: {len(used)} sessions; left out: {len(rows) - len(used)} that ask and reveal nothing")
