@@ -221,7 +221,8 @@ class Extractor:
 
     def __init__(self, cfg):
         self.settings = how = cfg.hindsight
-        lex = lexicon.load(cfg.data.lexicon) if cfg.data.lexicon else None
+        read = cfg.data.lexicon and how.source != "annotations"  # they come before a lexicon that is mined
+        lex = lexicon.load(cfg.data.lexicon) if read else None
         self.goal = cfg.data.goal or (lex.goal if lex else "")
         self.source = llm.open_source("extractor", cfg) if how.source == "llm" else None
         self.at_once = (lambda goal: partial(extract_rules, lex=lex.at(goal)) if how.source == "rules"
