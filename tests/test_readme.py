@@ -27,7 +27,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], key=lambda page: p
 TEXTS = {page.name: page.read_text() for page in PAGES}
 README, ALL = TEXTS["README.md"], "\n".join(TEXTS.values())
 FUNCTION = re.search(r"```python\n(.*?)```", README, re.S)[1]
-CONFIGS = re.findall(r"```yaml\n(.*?)```", ALL, re.S)
+YAML = re.findall(r"```yaml\n(.*?)```", ALL, re.S)
+CONFIGS = [text for text in YAML if "run_dir:" in text or "base:" in text]
 COMMANDS = re.findall(r"^ {4}([^ {].*)", re.sub(r"```.*?```", "", ALL, flags=re.S), re.M)
 OURS = [line for line in COMMANDS if re.match("(python|torchrun|make) (?!-c)", line)]
 MADE_LATER = {"configs/toy/reinforce.yaml", "prompts/calibrated/TYPE.md", "prompts/calibrated/grader.md"}
@@ -86,6 +87,13 @@ def test_configs_load(text, tmp_path):
     text = text.replace("base: grpo", "base: configs/toy/grpo").replace("base: ", f"base: {ROOT}/")
     (tmp_path / "my.yaml").write_text(text)
     assert config.load([str(tmp_path / "my.yaml")]).run_dir in text
+
+
+def test_the_lexicon_of_the_docs_loads(tmp_path):
+    text, = set(YAML) - set(CONFIGS)
+    (tmp_path / "lexicon.yaml").write_text(text)
+    lex = lexicon.load(tmp_path / "lexicon.yaml")
+    assert lexicon.asked("Please tell me, where to?", lex.at("book a flight")) == ["arrival"]
 
 
 def test_the_worked_turn(tmp_path):
