@@ -5,13 +5,13 @@
 
 `mine` reads the training sessions: `asks` (the slots that an expert's message asks for) and `learned` (what
 a user's message reveals). It writes data.lexicon, or FILE, for a person to edit. `check` compares what a
-lexicon finds in the experts' messages of the held-out sessions with `asks`. docs/lexicon.md explains both.
+lexicon finds in the experts' messages of held-out sessions with `asks`. docs/lexicon.md explains both.
 
-A slot gets `goals`: those of the sessions in which it occurs, unless these are all, or goals hardly come back.
-A cue is a run of up to three words of a question, without digits and marks. Of the sentences with it, at the
-slot's goals, 90% must be of messages that ask for the slot. The first cue of a slot stands in most of its
-sentences; each further one adds most of those left, two at least. What is said more than once counts twice.
-These numbers are fixed: nothing is tuned on the logs.
+A slot gets `goals`, those of the sessions in which it occurs, unless these are all or hardly come back. A cue
+is a run of up to three words of a question, without digits and marks. Of the sentences with it, at the slot's
+goals, 90% must be of messages that ask for the slot. The first cue of a slot stands in most of its sentences;
+each further one adds most of those left, two at least. What is said more than once counts twice. These
+numbers are fixed: nothing is tuned on the logs.
 """
 import argparse
 import re

@@ -3,6 +3,7 @@ import math
 import random
 
 import pytest
+import yaml
 
 import config
 import grading
@@ -60,3 +61,13 @@ def test_a_request_is_checked_as_a_question_is(requests, text, is_bad):
     own = [f"Please name the {chr(ord('一') + i)}." for i in range(700)] + ["How long?"] * 700
     assert wording.learn(own, lex=lex)(text) is is_bad
     assert requests == [] or wording.learn(own[:700]) is None  # without a lexicon these are no questions
+
+
+def test_the_judge_learns_requests_too(tmp_path):
+    path = make_world(tmp_path, tmp_path)
+    (tmp_path / "lexicon.yaml").write_text(yaml.safe_dump(LEXICON | {"requests": ["please"]}))
+    rows = [row | {"expert": "Please tell me how long."} for row in coughs(700)]
+    write_lines(tmp_path / "run" / "turns" / "train.jsonl", rows)
+    judge = grading.open_judge(config.load([str(path)]))
+    for text, r_a in (("Please tell me how long.", 1), ("Please how long tell.", 0)):
+        assert grading.grade_one(Turn(**rows[1]), text, judge).r_a == r_a
