@@ -27,7 +27,7 @@ def ride(i):
     return [says("A ride"), asks(name, "name"), says(f"{who}", name=who),
             asks(where, "destination"), says("To Rome (centre)", destination="Rome (centre)"),
             asks(f"In {days} days?", "Days_Ahead"), says("Yes", Days_Ahead=["yes", "no"][i % 2]),
-            asks("Please wait for your driver.")]
+            asks("Please wait for your driver."), says("Where is he? Where is Rome?")]
 
 
 def flight(i):
@@ -175,8 +175,21 @@ def test_empty_annotations_change_nothing(tmp_path, config_file, call):
     assert (tmp_path / "lexicon.yaml").read_text() == before
 
 
-def test_goals_that_hardly_come_back_are_not_used(tmp_path, config_file, call):
-    rows = [row | {"goal": f"Goal {i}"} for i, row in enumerate(read_lines(tmp_path / "train.jsonl"))]
+def test_what_is_said_or_revealed_once_is_no_evidence(tmp_path, config_file, call):
+    rows = read_lines(tmp_path / "train.jsonl")
+    for row, text, shade in zip(rows, ["Which shade?", "Which shade?", "Paint it how?"], ["red", "red", "blue"]):
+        row["messages"] += [asks(text, "colour"), says(shade, colour=shade), says("...", colour=".")]
+    write_lines(tmp_path / "train.jsonl", rows)
+    call(miner, "mine", config_file)
+    found = yaml.safe_load((tmp_path / "lexicon.yaml").read_text())
+    assert found["attributes"]["colour"] == {"asks": ["which"], "values": {"red": ["red"]}}
+    assert "what's" in found["openers"] and not {"okay", "tell"} & {*found["openers"]}
+
+
+@pytest.mark.parametrize("goal", ["Goal {}", ""])
+def test_goals_that_hardly_come_back_or_are_missing_are_not_used(tmp_path, config_file, call, goal):
+    rows = read_lines(tmp_path / "train.jsonl")
+    rows = [row | {"goal": goal.format(i)} if goal or i < 3 else row for i, row in enumerate(rows)]
     write_lines(tmp_path / "train.jsonl", rows)
     call(miner, "mine", config_file)
     assert "goals:" not in (tmp_path / "lexicon.yaml").read_text()
