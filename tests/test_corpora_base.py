@@ -22,7 +22,8 @@ def make(tmp_path, monkeypatch):
     monkeypatch.setattr(base, "PASSES", 1)
 
     def make(sessions=SESSIONS, *overrides, name="base"):
-        path, held = tmp_path / "cfg.yaml", toy.session(0, "test", 0)
+        path, held = tmp_path / "cfg.yaml", {"session_id": "held", "messages": [
+            {"role": "user", "content": "Xylophone"}, {"role": "assistant", "content": "Xylophone?"}]}
         path.write_text("")
         logs = [write_lines(tmp_path / f"{split}.jsonl", rows)
                 for split, rows in (("train", sessions), ("test", [held]))]
@@ -95,8 +96,11 @@ def test_long_texts_are_cut_and_special_tokens_broken_up():
         assert not any("<|" in text for _, text, _ in doc)
 
 
-def test_interrupted_it_leaves_nothing_half_made(make, monkeypatch, tmp_path):
-    def stop(*_, **__):
+def test_it_reads_no_held_out_session_and_leaves_nothing_half_made(make, monkeypatch, tmp_path):
+    def stop(docs, *_):
+        said = {text for doc in docs for _, text, _ in doc}
+        assert len(said) > 100 and not any("Xylophone" in text for text in said)
+        assert not any(STOP in text or "Ask one question" in text for text in said)
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr(base.world, "train_base", stop)
