@@ -392,7 +392,7 @@ def gathered(model):
 
 # ------------------------------------------------------------------------------------- folders in and out
 
-def resolve(path, files=("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")):
+def resolve(path):
     """A local folder -> its Path. Anything else is a hub id: huggingface_hub downloads its files."""
     path = os.path.expanduser(path)
     if Path(path).is_dir():
@@ -401,7 +401,8 @@ def resolve(path, files=("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model
         raise InputError(f"model.path: no such folder: {path}")
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(path, allow_patterns=list(files)))
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+        return Path(snapshot_download(path, allow_patterns=patterns))
     except Exception as error:  # the hub's many errors (offline, unknown id, no access) all mean: no weights
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"model.path: {path!r} is neither a local folder nor a hub id that could be "
@@ -450,8 +451,8 @@ def load_weights(model, folder):
     folder = Path(folder)
     where = open_weights(folder)
     params = dict(model.named_parameters())
-    missing = sorted(set(params) - set(where))
-    unknown = set(where) - set(params) - {"lm_head.weight"}
+    missing = sorted(params.keys() - where)
+    unknown = where.keys() - params - {"lm_head.weight"}
     extra = sorted(n for n in unknown if not n.endswith("rotary_emb.inv_freq"))
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which the architecture does not have"
@@ -476,32 +477,19 @@ def load(path, device, dtype):
     return load_weights(model.requires_grad_(False), folder)
 
 
-def in_files(params, itemsize, max_bytes):
-    """Share named parameters out over files of at most max_bytes. -> {file name: [(name, parameter)]}"""
-    groups, size = [[]], 0
-    for name, p in params:
-        more = p.numel() * itemsize
-        if groups[-1] and size + more > max_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append((name, p))
-        size += more
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
-
-
 def export(model, base, out, max_bytes=4 << 30):
     """Write the model as a Hugging Face folder, with the base checkpoint's type, config and tokenizer files.
 
     Collective under FSDP: one parameter at a time is gathered, rank 0 writes. The folder appears whole or not
     at all.
     """
-    base, out = resolve(base), Path(out)
+    from huggingface_hub import split_torch_state_dict_into_shards
+    base, out, params = resolve(base), Path(out), dict(model.named_parameters())
     main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     config = read_json(base / "config.json")
     dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
-    files = in_files(model.named_parameters(), dtype.itemsize, max_bytes)
+    sizes = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in params.items()}
+    files = split_torch_state_dict_into_shards(sizes, max_shard_size=max_bytes)
     aside = out.with_name(out.name + ".tmp")
     if main:
         shutil.rmtree(aside, ignore_errors=True)
@@ -510,19 +498,18 @@ def export(model, base, out, max_bytes=4 << 30):
             wanted = f.suffix in (".json", ".txt", ".jinja", ".model")
             if wanted and f.is_file() and not f.name.startswith((".", "model")):
                 shutil.copyfile(f, aside / f.name)
-    for file, group in files.items():
+    for file, names in files.filename_to_tensors.items():
         tensors = {}
-        for name, p in group:
+        for name in names:
+            p = params[name]
             whole = p.full_tensor() if isinstance(p, DTensor) else p
             if main:
                 tensors[name] = whole.detach().to("cpu", dtype).contiguous()
         if main:
             save_file(tensors, aside / file, metadata={"format": "pt"})
     if main:
-        if len(files) > 1:
-            total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-            where = {name: file for file, group in files.items() for name, _ in group}
+        if files.is_sharded:
             write_json(aside / "model.safetensors.index.json",
-                       {"metadata": {"total_size": total}, "weight_map": where})
+                       {"metadata": files.metadata, "weight_map": files.tensor_to_filename})
         shutil.rmtree(out, ignore_errors=True)
         os.replace(aside, out)
