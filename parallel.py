@@ -79,10 +79,3 @@ def all_gather(obj):
     out = [None] * dist.get_world_size()
     dist.all_gather_object(out, obj)
     return out
-
-
-def all_gather_numbers(numbers):
-    """A tensor of K numbers -> every rank's numbers as a list of lists [ranks][K], in rank order."""
-    out = [torch.empty_like(numbers) for _ in range(dist.get_world_size())]
-    dist.all_gather(out, numbers)
-    return torch.stack(out).tolist()

@@ -67,7 +67,7 @@ def lr_at(step, total, t):
     """Learning rate of step 0 .. total - 1: linear warm-up, then constant, linear or cosine to zero."""
     if step < t.warmup_steps:
         return t.lr * (step + 1) / t.warmup_steps
-    done = (step - t.warmup_steps) / max(1, total - t.warmup_steps)
+    done = (step - t.warmup_steps) / (total - t.warmup_steps)
     return t.lr * {"constant": 1.0, "linear": 1 - done,
                    "cosine": (1 + math.cos(math.pi * done)) / 2}[t.schedule]
 
@@ -168,10 +168,10 @@ def encode_trees(run, prompts, texts):
     """
     trees, sizes = [], []
     for i, (prompt, responses) in enumerate(zip(prompts, texts, strict=True)):
-        encoded = [encode_response(run.policy.tokenizer, text) for text in responses]
-        branches = [pack.Branch(tokens, (i, j)) for j, tokens in enumerate(encoded)]
+        branches = [pack.Branch(encode_response(run.policy.tokenizer, text), (i, j))
+                    for j, text in enumerate(responses)]
         trees.append(pack.Tree(prompt.tokens, branches))
-        sizes.append((max(map(len, encoded)), prompt.turn.turn_id))
+        sizes.append((max(len(branch.tokens) for branch in branches), prompt.turn.turn_id))
     return within_limit(trees, sizes, "max_new_tokens", run.cfg)
 
 
@@ -269,7 +269,7 @@ def optimizer_step(model, optimizer, grad_clip, figures, maxima=()):
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    ranks = parallel.all_gather_numbers(torch.stack([*figures.values(), norm.double()]))
+    ranks = parallel.all_gather(torch.stack([*figures.values(), norm.double()]).tolist())
     whole = {name: np.max(values) if name in maxima else sum(values)  # of numbers and a NaN: the NaN
              for name, values in zip(figures, zip(*ranks))}
     norm = ranks[0][-1]
@@ -317,8 +317,8 @@ def save(run):
 
 def check_failed(run, groups):
     """Raise llm.Unanswered, on all ranks, where too many gradings of these groups failed."""
-    graded = [rollout for group in groups for rollout in group.graded]
-    asked = [g.reward for g in graded if grading.needs_grader(g.truth, g.response, run.judge)]
+    asked = [g.reward for group in groups for g in group.graded
+             if grading.needs_grader(g.truth, g.response, run.judge)]
     failed, most = asked.count(None), run.cfg.reward.max_failed
     if failed > most * len(asked):
         raise llm.Unanswered(f"{failed} of {len(asked)} gradings failed after step {run.step}, more than "

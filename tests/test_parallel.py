@@ -100,7 +100,7 @@ def on_each_rank(folder, out):
     prompts = PROMPTS[rank::world]
     step_of_sgd(model, prompts, [[p] for p in prompts])
     decoder.export(model, folder, out + "/stepped", max_bytes=30_000)
-    return report | {"numbers": parallel.all_gather_numbers(torch.tensor([rank, 0.5], dtype=torch.float64))}
+    return report
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def test_three_ranks(tmp_path, make_checkpoint, run_ranks):
     """Uneven shards (289 rows over 3 ranks), and tensors of 4 rows, of which the last rank holds none."""
     folder = make_checkpoint("qwen3", vocab_size=289, intermediate_size=49, head_dim=4, num_key_value_heads=1)
     reports = run_ranks(on_each_rank, 3, str(folder), str(tmp_path))
-    assert all(r["equal"] and r["numbers"] == [[0, 0.5], [1, 0.5], [2, 0.5]] for r in reports)
+    assert all(r["equal"] for r in reports)
     assert [r["rows"]["model.embed_tokens.weight"] for r in reports] == [97, 97, 95]
     assert [r["rows"]["model.layers.0.self_attn.k_norm.weight"] for r in reports] == [2, 2, 0]
     stored = load_file(folder / "model.safetensors")

@@ -309,7 +309,7 @@ def test_bad_steps_are_counted_and_five_end_the_run(train, refused, monkeypatch,
 @pytest.mark.parametrize("gaps", [(math.nan, 0.0), (0.0, math.nan)])
 def test_a_gap_that_is_not_a_number_on_one_rank_is_none_at_all(monkeypatch, gaps):
     """0.0 would say that sampler and trainer agree. (A NaN is logged as null, see above.)"""
-    monkeypatch.setattr(parallel, "all_gather_numbers", lambda _: [[0.0, gap, 1.0] for gap in gaps])
+    monkeypatch.setattr(parallel, "all_gather", lambda _: [[0.0, gap, 1.0] for gap in gaps])
     model, zero = torch.nn.Linear(1, 1), torch.zeros(())
     out = running.optimizer_step(model, torch.optim.SGD(model.parameters()), 1.0,
                                  {"loss": zero, "gap_max": zero}, ["gap_max"])
@@ -356,7 +356,7 @@ def test_the_figures_of_all_ranks(monkeypatch):
     model = torch.nn.Linear(1, 1)
     model(torch.ones(1)).sum().backward()
     optimizer = torch.optim.AdamW(model.parameters())
-    monkeypatch.setattr(running.parallel, "all_gather_numbers", lambda x: [[1.0, 5.0, 2.0], [2.0, 7.0, 2.0]])
+    monkeypatch.setattr(running.parallel, "all_gather", lambda x: [[1.0, 5.0, 2.0], [2.0, 7.0, 2.0]])
     figures = dict(zip(("loss", "gap_max"), torch.zeros(2)))
     out = running.optimizer_step(model, optimizer, 1.0, figures, maxima=["gap_max"])
     assert out == {"loss": 3.0, "gap_max": 7.0, "grad_norm": 2.0, "finite": True}
