@@ -34,7 +34,6 @@ from metrics import (
     cell,
     heading,
     load_graded,
-    metrics,
     paired,
     session_of,
     summarise,
@@ -89,9 +88,8 @@ def evaluate_run(cfg):
                              load_turns(cfg, "eval"), cfg)
     # The weights come last: whatever a user can mend is found before they are read.
     policy = load_policy(folder, device, parallel.compute_dtype(cfg.model.dtype, device))
-    graded = {}
-    for how in DECODINGS:
-        graded[how] = evaluate(policy, judge, prompts, cfg, how == "greedy", f"{folder} {how}")
+    graded = {how: evaluate(policy, judge, prompts, cfg, how == "greedy", f"{folder} {how}")
+              for how in DECODINGS}
     world = hashlib.sha256(repr([prompt.turn for prompt in prompts]).encode()).hexdigest()[:8]
     if rank == 0:
         name = f"temperature {cfg.eval.temperature:g}"
@@ -142,12 +140,6 @@ ORDERINGS = ("grpo sft tr", "sft base tr", "grpo base tr", "base dpo tr", "cispo
 HOW = "decoding samples steps turns reward.grader reward.wording reward.omega data.prompt".split()
 
 
-def in_world(graded, world):
-    """Rollouts whose sessions name their world. So sessions pair up only where two runs were evaluated on the
-    same turns."""
-    return [g.model_copy(update={"session_id": f"{world}/{session_of(g)}"}) for g in graded]
-
-
 def same_but_seed(made):
     """What must be alike in runs that are pooled: {key: value}, with paths as they stand beside the run."""
     root = f"{Path(made['run_dir']).parent}/"
@@ -169,7 +161,6 @@ def read_rows(runs):
         row, found = rows.setdefault(run.resolve().name, defaultdict(list)), read_json(run / "eval.json")
         if "config" not in found:
             raise InputError(f"{run / 'eval.json'} does not tell its config: run eval.py with it again")
-        sampled, greedy = (in_world(load_graded(run / name), found["turns"]) for name in DECODINGS.values())
         made = same_but_seed(found["config"])
         for name, value in row.setdefault("made", made).items():
             if made.get(name) != value:
@@ -177,9 +168,10 @@ def read_rows(runs):
                                  f"{made.get(name)}): only seeds of one row are pooled; rename a folder")
         row["runs"].append(str(run))
         row["how"].append({name: (found | made)[name] for name in HOW})
-        row["sampled"] += sampled
-        row["greedy"] += greedy
-        row["tr_by_run"].append(metrics(sampled)["tr"])
+        row["tr_by_run"].append(found["tr"])
+        for how, name in DECODINGS.items():  # sessions pair up only where two runs had the same turns
+            row[how] += [g.model_copy(update={"session_id": f"{found['turns']}/{session_of(g)}"})
+                         for g in load_graded(run / name)]
     return rows
 
 
