@@ -27,7 +27,7 @@ from itertools import combinations
 from pathlib import Path
 from random import Random
 from statistics import fmean, pstdev
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError, field_validator
@@ -70,16 +70,18 @@ from records import (
     write_text,
 )
 
+Count = Annotated[int, Field(ge=1)]
+
 
 class Own(BaseModel):
     """The arguments that are not the config's."""
     type: Literal["extractor", "grader", "policy"] = Field(None, validate_default=True)
-    rounds: int = Field(5, ge=1)
-    candidates: int = Field(8, ge=1)  # a round
+    rounds: Count = 5
+    candidates: Count = 8  # a round
     anchors: str = ""  # the file of labelled examples; empty: anchors/TYPE.jsonl
     match: Literal["exact", "llm"] = "exact"  # extractor: who says which items were found
-    n: int = Field(50, ge=1)  # margin: examples listed
-    repeats: int = Field(5, ge=1)  # margin: how often each is asked
+    n: Count = 50  # margin: examples listed
+    repeats: Count = 5  # margin: how often each is asked
     labelled: str = Field("", alias="from")  # anchors: what margin wrote, with labels
 
 
@@ -125,16 +127,16 @@ def split(examples, seed):
 
     Raises InputError where one of the two is too small to tell prompts apart.
     """
-    calibration, held_out = [], []
+    parts = [], []
     for example in examples:
         about = getattr(example, "session", None) or getattr(example, "turn", example)
         digest = hashlib.sha256(f"{seed}:{about.session_id}".encode()).digest()
-        (held_out if digest[0] % 2 else calibration).append(example)
-    fewer = min(len(calibration), len(held_out))
+        parts[digest[0] % 2].append(example)
+    fewer = min(map(len, parts))
     if fewer < FEWEST // 2:
         raise InputError(f"split by session, one part has only {fewer} of the {len(examples)} examples; "
                          f"label more sessions ({ENOUGH})")
-    return calibration, held_out
+    return parts
 
 
 def better(new, old, seed=0, draws=2000):
@@ -311,8 +313,7 @@ def candidates(kind, best, number, n, writer, reached, wrong):
                          "examples": rng.sample(wrong, SHOWN)})
             asked.append(writer.submit(chat(system, user), Variant, seed=100 * number + k))
         writer.drain()
-        variants = [future.result() for future in asked]
-        written = [("writer", variant.prompt.strip()) for variant in variants if variant]
+        written = [("writer", reply.prompt.strip()) for future in asked if (reply := future.result())]
     return written + [mutate(best, rng) for _ in range(n - len(written))]
 
 
@@ -336,7 +337,7 @@ def search(kind, cfg, own, scores, best, parts):
     for number in range(1, own.rounds + 1):
         now, said = scores(best, calibration)
         reached, ahead = fmean(now), []
-        worst = sorted(range(len(now)), key=lambda i: now[i])[:max(SHOWN, len(now) // 4)]
+        worst = np.argsort(now, kind="stable")[:max(SHOWN, len(now) // 4)]
         wrong = [shown(kind, calibration[i], said[i]) for i in worst]
         proposed = candidates(kind, best, number, own.candidates, writer, reached, wrong)
         for k, (origin, prompt) in enumerate(proposed, 1):
@@ -472,8 +473,8 @@ def margin(kind, cfg, own):
     examples = [e for e in examples if key_of(e) not in known]
     Random(cfg.seed).shuffle(examples)
     repeated, rows = "scores" if kind == "grader" else "extractions", []
-    examples = examples[:20 * own.n]
-    for example, said in readings(kind, source, cfg, source.prompt, examples, range(own.repeats)):
+    some = examples[:20 * own.n]
+    for example, said in readings(kind, source, cfg, source.prompt, some, range(own.repeats)):
         said = [s for s in said if s is not None]
         if len(said) > 1:
             rows.append({**example.dump(), repeated: said, label: None,
@@ -528,9 +529,8 @@ COMMANDS = {"margin": margin, "anchors": add_anchors}
 
 
 def main():
-    argv, command = sys.argv[1:], calibrate
-    if argv and argv[0] in COMMANDS:
-        command = COMMANDS[argv.pop(0)]
+    argv = sys.argv[1:]
+    command = COMMANDS[argv.pop(0)] if argv and argv[0] in COMMANDS else calibrate
     cfg = config.load([a for a in argv if not a.startswith(OWN)], __doc__)
     try:
         own = Own.model_validate(dict(a.split("=", 1) for a in argv if a.startswith(OWN)))
