@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import config
@@ -33,17 +34,17 @@ def inputs_of(cfg, path):
     """-> {config key: identity of the file} of what a row reads. Raises InputError where one is missing."""
     config.need(cfg, "model.path", "data.logs")
     flat = config.flatten(cfg)
-    files = {name: [flat[name]] for name in FILES if flat[name]}
-    for name in LOGS:  # a data set of the hub is known by its name alone
-        files[name] = [file for file in flat[name] if not file.startswith("hf:")]
-    for role, shipped in PROMPTS.items():
-        if flat[f"llm.{role}.model"]:
-            files[f"llm.{role}.prompt"] = [flat[f"llm.{role}.prompt"] or shipped]
-    for name, file in ((name, file) for name, named in files.items() for file in named):
+    files = [(name, flat[name]) for name in FILES if flat[name]]
+    files += [(name, file) for name in LOGS for file in flat[name]
+              if not file.startswith("hf:")]  # a data set of the hub is known by its name alone
+    files += [(f"llm.{role}.prompt", flat[f"llm.{role}.prompt"] or shipped)
+              for role, shipped in PROMPTS.items() if flat[f"llm.{role}.model"]]
+    marks = defaultdict(str)
+    for name, file in files:
         if not Path(file).is_file():
             raise InputError(f"{path}: {name}={file} does not exist")
-    files["model.path"] = [decoder.resolve(cfg.model.path)]
-    return {name: "".join(map(identity, named)) for name, named in files.items() if named}
+        marks[name] += identity(file)
+    return marks | {"model.path": identity(decoder.resolve(cfg.model.path))}
 
 
 def move_aside(run):

@@ -76,17 +76,15 @@ def reference_logprobs(run, trees, inputs):
     kept = read_json(path) if path.is_file() else {}
     if kept.get("inputs") == inputs:
         return dict(kept["logprobs"])
-    found = {}
-    for share in parallel.all_gather(compute_reference(run, trees)):
-        found |= share
+    found = sum(parallel.all_gather(compute_reference(run, trees)), [])
     if run.rank == 0:
-        write_json(path, {"inputs": inputs, "logprobs": list(found.items())})
-    return found
+        write_json(path, {"inputs": inputs, "logprobs": found})
+    return dict(found)
 
 
 def compute_reference(run, trees):
-    """The same for this rank's share of the pairs (collective)."""
-    model, found = running.base_model(run), {}
+    """The same for this rank's share of the pairs, as a list of items (collective)."""
+    model, found = running.base_model(run), []
     at_once = 64 * run.world
     bar = tqdm(total=len(trees), desc="reference log-probs", unit=" pairs", disable=run.rank > 0)
     with torch.no_grad(), bar:
@@ -95,7 +93,7 @@ def compute_reference(run, trees):
             for batch in running.pack_mine(run, some):
                 logp, _ = pack.logprobs(model, batch)
                 if batch.names:
-                    found.update(zip([pair for pair, _ in batch.names[::2]], pair_sums(logp, batch).tolist()))
+                    found += zip([pair for pair, _ in batch.names[::2]], pair_sums(logp, batch).tolist())
             bar.update(len(some))
     del model
     gc.collect()  # FSDP's modules refer to each other: without this the shards would stay beside the policy's
