@@ -133,10 +133,8 @@ def varlen(q, k, v, starts, causal, lse=False):
         out = flash_attn_varlen_func(q, k, v, *starts, causal=causal, return_attn_probs=lse)
     else:
         how = {"return_aux": AuxRequest(lse=True)} if lse else {}
-        if causal and "window_size" in VARLEN_ARGUMENTS:  # newer torch
+        if causal:
             how["window_size"] = (-1, 0)
-        elif causal:
-            how["is_causal"] = True
         groups = q.shape[1] // k.shape[1]
         if groups > 1 and "enable_gqa" in VARLEN_ARGUMENTS:
             how["enable_gqa"] = True
@@ -392,7 +390,7 @@ def gathered(model):
 
 # ------------------------------------------------------------------------------------- folders in and out
 
-def resolve(path):
+def resolve(path, files=("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")):
     """A local folder -> its Path. Anything else is a hub id: huggingface_hub downloads its files."""
     path = os.path.expanduser(path)
     if Path(path).is_dir():
@@ -401,8 +399,7 @@ def resolve(path):
         raise InputError(f"model.path: no such folder: {path}")
     from huggingface_hub import snapshot_download
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
-        return Path(snapshot_download(path, allow_patterns=patterns))
+        return Path(snapshot_download(path, allow_patterns=list(files)))
     except Exception as error:  # the hub's many errors (offline, unknown id, no access) all mean: no weights
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"model.path: {path!r} is neither a local folder nor a hub id that could be "
@@ -468,9 +465,8 @@ def load_weights(model, folder):
     return model
 
 
-def load(path, device, dtype):
+def load(folder, device, dtype):
     """A whole model on one device, in one type, without gradients: for sampling and evaluation."""
-    folder = resolve(path)
     with torch.device("meta"):
         model = Decoder(read_shape(folder))
     model = model.to(dtype).to_empty(device=device)

@@ -51,14 +51,13 @@ def compute_dtype(name, device):
     return getattr(torch, name)
 
 
-def load_sharded(path, device, dtype, trainable=True):
+def load_sharded(folder, device, dtype, trainable=True):
     """A checkpoint straight into FSDP2 shards: each rank reads only its own rows, none holds the whole model.
 
     Trainable: master weights of at least float32, computing in `dtype`. Gradients are SUMMED over ranks: the
     losses carry global denominators, so FSDP's own averaging is undone. Not trainable (a KL reference):
     weights in `dtype`.
     """
-    folder = decoder.resolve(path)
     with torch.device("meta"):
         model = decoder.Decoder(decoder.read_shape(folder))
     master = torch.promote_types(dtype, torch.float32) if trainable else dtype

@@ -38,7 +38,7 @@ def reference(folder):
 
 
 def load(folder, dtype=torch.float32):
-    return decoder.load(str(folder), "cpu", dtype)
+    return decoder.load(decoder.resolve(str(folder)), "cpu", dtype)
 
 
 @pytest.fixture
