@@ -361,7 +361,10 @@ class Slots:
         """
         if not self.static:
             self.send_news()
-        done = self.read_news()  # static: as of the step before, on their way while the next was computed
+        if self.sent:
+            self.sent.synchronize()  # the one wait of a step
+        # Static: as of the step before, on its way while the next was computed.
+        done = self.news.nonzero().flatten().tolist()
         out = self.retire(done, waiting) if done else []
         if self.static:
             self.send_news()
@@ -372,11 +375,6 @@ class Slots:
         self.news = self.flags[:n].copy_(self.ended[:n], non_blocking=True)
         if self.sent:
             self.sent.record()
-
-    def read_news(self):
-        if self.sent:
-            self.sent.synchronize()  # the one wait of a step
-        return self.news.nonzero().flatten().tolist()
 
     def retire(self, done, waiting):
         """Take finished rows out where that helps. done: indices of active rows, ascending. -> as harvest"""
