@@ -39,7 +39,7 @@ from metrics import (
     summarise,
     table,
 )
-from prompts import encode_prompts, load_prompt, load_tokenizer, load_turns, read_turns
+from prompts import encode_prompts, load_tokenizer, load_turns, read_turns
 from records import InputError, cli, lock, read_json, read_jsonl, write_json, write_jsonl, write_text
 from rollout import load_policy
 
@@ -84,8 +84,7 @@ def evaluate_run(cfg):
     checkpoint.open_run(cfg, 1)  # as a rank that saves nothing: was the run trained with this config?
     run, folder = cfg.run_path, model_of(cfg)
     judge = grading.open_judge(cfg)
-    prompts = encode_prompts(load_tokenizer(folder), load_prompt(cfg.data.prompt),
-                             load_turns(cfg, "eval"), cfg)
+    prompts = encode_prompts(load_tokenizer(folder), cfg.data.prompt, load_turns(cfg, "eval"), cfg)
     # The weights come last: whatever a user can mend is found before they are read.
     policy = load_policy(folder, device, parallel.compute_dtype(cfg.model.dtype, device))
     graded = {how: evaluate(policy, judge, prompts, cfg, how == "greedy", f"{folder} {how}")

@@ -152,8 +152,9 @@ def encode_prompt(tokenizer, system, turn):
     return apply_template(tokenizer, [first, *(message.dump() for message in turn.context)])
 
 
-def encode_prompts(tokenizer, system, turns, cfg):
-    """Turns -> list of Prompt, none of them over rollout.max_prompt_tokens."""
+def encode_prompts(tokenizer, file, turns, cfg):
+    """Turns and the file of the system prompt -> list of Prompt, none over rollout.max_prompt_tokens."""
+    system = load_prompt(file)
     prompts = [Prompt(turn, encode_prompt(tokenizer, system, turn)) for turn in turns]
     return within_limit(prompts, [(len(prompt.tokens), prompt.turn.turn_id) for prompt in prompts],
                         "max_prompt_tokens", cfg)

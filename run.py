@@ -30,7 +30,6 @@ from prompts import (
     encode_prompts,
     encode_response,
     end_ids,
-    load_prompt,
     load_tokenizer,
     load_turns,
     turns_file,
@@ -116,12 +115,12 @@ class Run:
         return stream(self.size, self.positions(steps), self.cfg.seed)
 
 
-def start(argv, doc, script):
-    """The command line of a trainer, with its docstring and name -> Run, before any weights are read.
+def start(doc, script):
+    """The command line of a trainer, given its docstring and name -> Run, before any weights are read.
 
     What a user can mend is checked first: the config, the memory, the run folder, prompts and turns.
     """
-    cfg = config.load(argv, doc, may_plan=True)
+    cfg = config.load(sys.argv[1:], doc, may_plan=True)
     config.need(cfg, "model.path")
     if script_of(cfg.train.loss) != script:
         raise InputError(f"train.loss={cfg.train.loss} belongs to {script_of(cfg.train.loss)}, not {script}")
@@ -146,8 +145,8 @@ def held_out_prompts(cfg, tokenizer):
     """Prompts for evaluation during training, always with the prompt that mentions stopping; or None."""
     if cfg.train.eval_every is None:
         return None
-    return encode_prompts(tokenizer, load_prompt(cfg.data.prompt),
-                          load_turns(cfg, "valid" if cfg.data.valid_sessions else "eval"), cfg)
+    turns = load_turns(cfg, "valid" if cfg.data.valid_sessions else "eval")
+    return encode_prompts(tokenizer, cfg.data.prompt, turns, cfg)
 
 
 def training_prompts(cfg, tokenizer):
@@ -158,7 +157,7 @@ def training_prompts(cfg, tokenizer):
     if not turns:
         raise InputError(f"{turns_file(cfg, 'train')} holds no continue turns, and reward.mode=no_rs trains "
                          "on nothing else")
-    return encode_prompts(tokenizer, load_prompt(policy_prompt(cfg)), turns, cfg)
+    return encode_prompts(tokenizer, policy_prompt(cfg), turns, cfg)
 
 
 def encode_trees(run, prompts, texts):

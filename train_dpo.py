@@ -9,7 +9,6 @@ in run_dir/reference.json. Unlike the reference release, whose sums run over a w
 (right only for one pair at a time), every pair has sums of its own.
 """
 import gc
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ import pack
 import parallel
 import run as running
 from pairs import same_made
-from prompts import encode_prompts, load_prompt, load_turns
+from prompts import encode_prompts, load_turns
 from records import InputError, Pair, cli, identity, read_json, read_records, write_json
 
 
@@ -116,12 +115,12 @@ def load_pairs(path, turns):
 
 
 def main():
-    run = running.start(sys.argv[1:], __doc__, "train_dpo.py")
+    run = running.start(__doc__, "train_dpo.py")
     cfg, path = run.cfg, run.dir / "pairs.jsonl"
     if path.is_file() and not same_made(cfg):
         raise InputError(f"{path} was made with other settings than this config's: run pairs.py again")
     pairs = load_pairs(path, load_turns(cfg, "train"))
-    prompts = encode_prompts(run.policy.tokenizer, load_prompt(cfg.data.prompt), pairs, cfg)
+    prompts = encode_prompts(run.policy.tokenizer, cfg.data.prompt, pairs, cfg)
     trees = running.encode_trees(run, prompts, [[p.turn.chosen, p.turn.rejected] for p in prompts])
     running.load(run, len(trees), [path, cfg.data.prompt])
     inputs = [config.made_with(cfg, "reference"), str(run.dtype), identity(run.folder), run.inputs]

@@ -16,7 +16,6 @@ in the denominator.
 
 Letters: B groups, G samples, M response tokens of a micro-batch, S its responses, V vocabulary.
 """
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -202,8 +201,8 @@ def train_step(model, optimizer, step, cfg, reference=None):
                 trainer = logp if t.steps_per_sync == 1 else batch.old
                 s = gspo_loss(trainer, batch.sampled, batch.adv, batch.seq, t)[1]["ratio"]
                 figures["outside"] = (s < 1 - t.clip_low) | (s > 1 + t.clip_high)
-            for name in figures.keys() & {"loss", *means}:
-                sums[name] += figures[name].sum()
+            for name, figure in figures.items():
+                sums[name] += figure.sum()
             sums["trained_tokens"] += len(logp)
             sums["gap_max"] = torch.maximum(sums["gap_max"], gap.max())
     out = running.optimizer_step(model, optimizer, t.grad_clip, sums, maxima=["gap_max"])
@@ -254,7 +253,7 @@ def sample_and_grade(run, prompts, steps):
 
 
 def main():
-    run = running.start(sys.argv[1:], __doc__, "train_grpo.py")
+    run = running.start(__doc__, "train_grpo.py")
     cfg, t = run.cfg, run.cfg.train
     if t.loss not in LOSSES:
         raise InputError(f"train.loss={t.loss}: LOSSES in train_grpo.py has {', '.join(LOSSES)} (sft and dpo "

@@ -7,7 +7,6 @@ The target is the expert's next utterance at a continue turn and exactly <stop /
 policy's prompt. The loss is the mean of -log pi over the response tokens of all turns of a step, the end
 token included (global over micro-batches and ranks). Prompt tokens carry none.
 """
-import sys
 
 import pack
 import run as running
@@ -33,7 +32,7 @@ def train_step(model, optimizer, batches, tokens, grad_clip):
 
 
 def main():
-    run = running.start(sys.argv[1:], __doc__, "train_sft.py")
+    run = running.start(__doc__, "train_sft.py")
     cfg = run.cfg
     prompts = running.training_prompts(cfg, run.policy.tokenizer)
     trees = running.encode_trees(run, prompts, [[expert_response(prompt.turn)] for prompt in prompts])

@@ -169,7 +169,8 @@ def test_it_equals_trl(run, folders64, tmp_path, tiny_tokenizer):
     turns = [Turn(**row) for row in coughs_and_rashes(6)]
     rejected = ["Red?", "Do you smoke at night?", "é", "How?", "Why now?", "Hm"]
     texts = [[prompts.expert_response(turn), text] for turn, text in zip(turns, rejected)]
-    encoded = prompts.encode_prompts(tiny_tokenizer, "Why: {goal}", turns, run.cfg)
+    (tmp_path / "prompt.md").write_text("Why: {goal}")
+    encoded = prompts.encode_prompts(tiny_tokenizer, tmp_path / "prompt.md", turns, run.cfg)
     trees = running.encode_trees(run, encoded, texts)
     base = SimpleNamespace(**vars(run) | {"folder": folders64[1], "dir": tmp_path})
     figures, grads, _ = step(run, trees, train_dpo.reference_logprobs(base, trees, "x"))

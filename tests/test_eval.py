@@ -10,7 +10,7 @@ import yaml
 import config
 import eval as evaluation
 from metrics import by_session, intervals, load_graded, metrics, summarise
-from prompts import encode_prompts, load_prompt, load_turns
+from prompts import encode_prompts, load_turns
 from records import InputError, Rollout, file_hash, write_json, write_jsonl
 from world import LEXICON, make_config, write_lines
 
@@ -104,7 +104,7 @@ def test_greedy_is_the_likeliest_token_at_each_place(run, show, tiny_checkpoint,
     folder, args = run
     show(*args)
     cfg, model = config.load(list(map(str, args))), AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
-    prompts = encode_prompts(tiny_tokenizer, load_prompt(cfg.data.prompt), load_turns(cfg, "eval"), cfg)
+    prompts = encode_prompts(tiny_tokenizer, cfg.data.prompt, load_turns(cfg, "eval"), cfg)
     for prompt, g in zip(prompts, load_graded(folder / "graded_greedy.jsonl"), strict=True):
         ids = torch.tensor([prompt.tokens])
         out = model.generate(ids, do_sample=False, max_new_tokens=4)[0, ids.shape[1]:]

@@ -1,6 +1,7 @@
 """The memory plan: against measured peaks (every tensor counted), what it prints, refuses and advises."""
 import gc
 import os
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -325,7 +326,8 @@ def smallest_of_two(path):
     rank = int(os.environ["RANK"])
     plan.capacity = lambda cfg, device: 2.0 ** (40 if rank else 10)
     try:
-        running.start([path], "", "train_grpo.py")
+        sys.argv = ["train_grpo.py", path]
+        running.start("", "train_grpo.py")
     except InputError as error:
         return str(error)
 

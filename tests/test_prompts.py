@@ -44,10 +44,12 @@ def test_turns_belong_to_the_settings_they_were_made_with(tmp_path):
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_long_prompts_are_refused_or_left_out(tiny_tokenizer, monkeypatch, capsys, rank):
+def test_long_prompts_are_refused_or_left_out(tiny_tokenizer, monkeypatch, capsys, tmp_path, rank):
+    (tmp_path / "prompt.md").write_text("{goal}")
+
     def encode(most, how):
         cfg = make_config(rollout__max_prompt_tokens=most, data__long_prompts=how)
-        return prompts.encode_prompts(tiny_tokenizer, "{goal}", turns(), cfg)
+        return prompts.encode_prompts(tiny_tokenizer, tmp_path / "prompt.md", turns(), cfg)
 
     monkeypatch.setenv("RANK", rank)
     lengths = [len(p.tokens) for p in encode(999, "error")]

@@ -146,11 +146,12 @@ def test_exactly_the_experts_response_and_the_end_token_carry_loss(
     assert all(ids.count(258) == 1 for ids in responses)
 
 
-def test_with_merged_tokens_nothing_reaches_over_the_border():
+def test_with_merged_tokens_nothing_reaches_over_the_border(tmp_path):
     """The same with the toy's byte-level BPE: no token ends a prompt and starts a response."""
     tokenizer = pharmacy.make_tokenizer(pharmacy.corpus(3, 60))
     run = SimpleNamespace(cfg=make_config(), policy=SimpleNamespace(tokenizer=tokenizer), rank=0)
-    encoded = prompts.encode_prompts(tokenizer, "Why: {goal}.", golden_turns(), run.cfg)
+    (tmp_path / "prompt.md").write_text("Why: {goal}.")
+    encoded = prompts.encode_prompts(tokenizer, tmp_path / "prompt.md", golden_turns(), run.cfg)
     texts = [[prompts.expert_response(prompt.turn)] for prompt in encoded]
     trees = running.encode_trees(run, encoded, texts)
     responses = [tree.branches[0].tokens for tree in trees]
