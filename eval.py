@@ -235,18 +235,17 @@ def markdown(summary):
     rows, orderings = summary["rows"], summary["orderings"]
     decodings = ", ".join(dict.fromkeys(how["decoding"] for row in rows.values() for how in row["how"]))
     intervals = "with 95% intervals (bootstrap by session)"
-    parts = [f"**Sampled ({decodings})**, {intervals}; under each row the paper's figures at 7B / 32B",
-             rows_table(rows, "sampled"), f"**Greedy**, {intervals}", rows_table(rows, "greedy")]
     seeds = [f"- {LABELS.get(name, name)}: {', '.join(cell(tr, '.2f') for tr in row['tr_by_run'])}"
              for name, row in rows.items() if len(row["runs"]) > 1]
-    if seeds:
-        parts += ["**TR of each seed** (sampled)", "\n".join(seeds)]
-    if differ := list(unequal(rows)):
-        parts += ["**Not alike** (a row is compared with another as it is)", "\n".join(differ)]
-    if orderings:
-        parts += ["**The paper's orderings** and what holds here: paired difference with its 95% interval; "
-                  "undecided where that includes 0", orderings_table(orderings)]
-    return "\n\n".join(parts) + "\n"
+    parts = {
+        f"**Sampled ({decodings})**, {intervals}; under each row the paper's figures at 7B / 32B":
+            rows_table(rows, "sampled"),
+        f"**Greedy**, {intervals}": rows_table(rows, "greedy"),
+        "**TR of each seed** (sampled)": "\n".join(seeds),
+        "**Not alike** (a row is compared with another as it is)": "\n".join(unequal(rows)),
+        "**The paper's orderings** and what holds here: paired difference with its 95% interval; undecided "
+        "where that includes 0": orderings and orderings_table(orderings)}
+    return "\n\n".join(f"{title}\n\n{part}" for title, part in parts.items() if part) + "\n"
 
 
 def view(runs, sessions=0):

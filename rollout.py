@@ -207,8 +207,6 @@ class Row:
     prompt: int  # the prompt's index
     sample: int
     place: int  # where the prompt's keys and values lie
-    length: int  # of the prompt
-    since: int  # the step that it joined at
 
 
 class Slots:
@@ -254,7 +252,6 @@ class Slots:
         self.index = torch.arange(rows, device=self.device)
         self.ends = self.tensor(sorted(ends))
         self.rows = []  # the active ones
-        self.steps = 0
         self.used = dict.fromkeys(buckets(rows), 0)  # batch size -> static steps of this size
         self.graphs = {}  # batch size -> CUDA graph
         self.pool = torch.cuda.graph_pool_handle() if cuda else None  # shared: two graphs never run at once
@@ -289,7 +286,7 @@ class Slots:
         for p, i, prompt in entries:
             self.prompt_len[p] = len(prompt)
             for g in range(self.G):
-                self.rows.append(Row(i, g, p, len(prompt), self.steps))
+                self.rows.append(Row(i, g, p))
         rows, new = self.rows[n:], slice(n, len(self.rows))
         self.place[new] = self.tensor([row.place * self.G + row.sample for row in rows])
         self.uniform[new, :-1] = self.tensor(np.stack([noise(row.prompt, row.sample) for row in rows]))
@@ -299,13 +296,12 @@ class Slots:
 
     def step(self):
         """One more token for every active row."""
-        self.steps += 1
+        n = len(self.rows)
         if self.static:
-            self.step_static(self.bucket(len(self.rows)))
+            self.step_static(self.bucket(n))
             return
         B = 1 + max(row.place for row in self.rows)
-        P = max(row.length for row in self.rows)
-        self.decode(len(self.rows), B, P, self.steps - min(row.since for row in self.rows))
+        self.decode(n, B, int(self.prompt_len[:B].max()), int(self.length[:n].max()))
 
     def step_static(self, n):
         if self.used[n] == EAGER_STEPS and self.pool:
@@ -398,10 +394,10 @@ class Slots:
 
     def move(self, source, to):
         """Copy active rows over finished ones, so that the active rows stay together."""
-        T = self.steps - min(self.rows[r].since for r in source)  # tokens in their caches
         for r, hole in zip(source, to):
             self.rows[hole] = self.rows[r]
         source, to = self.tensor([source, to])
+        T = int(self.length[source].max())  # tokens in their caches are fewer
         for cache in self.own_kv:
             cache[:, to, :T] = cache[:, source, :T]
         for state in (self.place, self.length, self.ended, self.uniform, self.tokens, self.logprobs):
