@@ -21,7 +21,7 @@ LOGITS = 2 ** 26  # logits in memory at once for log-probs: 256 MiB in float32, 
 
 @dataclass
 class Branch:
-    """One response to a tree's prompt. The name is the caller's (say, its place in the step)."""
+    """One response to a tree's prompt. The name is the caller's (say, the number of its group)."""
     tokens: list
     name: object
     logprobs: list | None = None  # the sampler's, one per token

@@ -378,7 +378,7 @@ class Slots:
         left = sorted(set(range(active)) - set(done))
         n = len(left)
         freed = {self.rows[r].place for r in done} - {self.rows[r].place for r in left}
-        if self.static and not (n == 0 or self.bucket(n) < self.bucket(active)) and not (waiting and freed):
+        if self.static and n and self.bucket(n) == self.bucket(active) and not (waiting and freed):
             return []
         at = self.tensor(done)
         columns = (x[at].tolist() for x in (self.length, self.tokens, self.logprobs))

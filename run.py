@@ -161,14 +161,13 @@ def training_prompts(cfg, tokenizer):
 
 
 def encode_trees(run, prompts, texts):
-    """Prompts, and for each the texts to learn from -> pack.Trees, their branches named (prompt, text).
+    """Prompts, and for each the texts to learn from -> pack.Trees, branches named by the prompt's place.
 
     None has a response over rollout.max_new_tokens.
     """
     trees, sizes = [], []
     for i, (prompt, responses) in enumerate(zip(prompts, texts, strict=True)):
-        branches = [pack.Branch(encode_response(run.policy.tokenizer, text), (i, j))
-                    for j, text in enumerate(responses)]
+        branches = [pack.Branch(encode_response(run.policy.tokenizer, text), i) for text in responses]
         trees.append(pack.Tree(prompt.tokens, branches))
         sizes.append((max(len(branch.tokens) for branch in branches), prompt.turn.turn_id))
     return within_limit(trees, sizes, "max_new_tokens", run.cfg)

@@ -55,7 +55,7 @@ def train_step(model, optimizer, batches, reference, pairs, t):
             (logp.sum() * 0.0).backward()
             continue
         logp = pair_sums(logp, batch)  # [n, 2]
-        ref = logp.new_tensor([reference[pair] for pair, _ in batch.names[::2]])
+        ref = logp.new_tensor([reference[pair] for pair in batch.names[::2]])
         loss, chosen, rejected = dpo_loss(*logp.unbind(1), *ref.unbind(1), t.dpo_beta)
         (loss.sum() / pairs).backward()
         with torch.no_grad():
@@ -92,7 +92,7 @@ def compute_reference(run, trees):
             for batch in running.pack_mine(run, some):
                 logp, _ = pack.logprobs(model, batch)
                 if batch.names:
-                    found += zip([pair for pair, _ in batch.names[::2]], pair_sums(logp, batch).tolist())
+                    found += zip(batch.names[::2], pair_sums(logp, batch).tolist())
             bar.update(len(some))
     del model
     gc.collect()  # FSDP's modules refer to each other: without this the shards would stay beside the policy's

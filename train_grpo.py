@@ -132,7 +132,7 @@ def prepare(groups, run):
     for b, group in enumerate(groups):
         refuse_other_distributions(group.responses, cfg.rollout.temperature)
         adv = advantages([graded.reward for graded in group.graded], t.advantage)
-        branches = [pack.Branch(r.tokens, (b, g), r.logprobs, adv[g]) for g, r in enumerate(group.responses)
+        branches = [pack.Branch(r.tokens, b, r.logprobs, adv[g]) for g, r in enumerate(group.responses)
                     if group.graded[g].reward is not None]
         tokens += sum(len(branch.tokens) for branch in branches)
         responses += len(branches)

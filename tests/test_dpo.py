@@ -65,7 +65,7 @@ def sums(model, trees):
 
 
 def as_reference(values, trees):
-    return {tree.branches[0].name[0]: tuple(v) for tree, v in zip(trees, values.tolist())}
+    return {tree.branches[0].name: tuple(v) for tree, v in zip(trees, values.tolist())}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_a_step_is_the_formula_whatever_the_micro_batches(run, reference, budget
     figures, grads, batches = step(run, TREES, reference)
     assert len(batches) == BUDGETS[budget]
     for names in (batch.names for batch in batches):
-        assert names == [(pair, which) for pair, _ in names[::2] for which in (0, 1)]
+        assert names == [pair for pair in names[::2] for _ in range(2)]
     plain = plain_decoder(run.model)
     logp = sums(plain, TREES)
     ref = torch.tensor([reference[i] for i in range(len(TREES))], dtype=torch.float64)
@@ -141,7 +141,7 @@ def test_at_the_reference_the_loss_is_log_2(run):
 
 
 def test_a_tie_is_no_preference(run, monkeypatch):
-    pair, pair_sums = pack.Tree([1, 2, 3], [pack.Branch([5, 6], (0, i)) for i in (0, 1)]), train_dpo.pair_sums
+    pair, pair_sums = pack.Tree([1, 2, 3], [pack.Branch([5, 6], 0)] * 2), train_dpo.pair_sums
     monkeypatch.setattr(train_dpo, "pair_sums", lambda *args: pair_sums(*args)[:, :1].expand(-1, 2))
     figures, _, _ = step(run, [pair], {0: (-1.0, -1.0)})
     assert figures["chosen_reward"] == figures["rejected_reward"] != 0 and figures["accuracy"] == 0
@@ -150,7 +150,7 @@ def test_a_tie_is_no_preference(run, monkeypatch):
 @pytest.mark.slow
 def test_two_ranks_equal_one(run_ranks, folders64, reference):
     """Of one pair rank 1 gets nothing but a dummy; of a huge one and two others rank 0 gets less."""
-    huge = pack.Tree([7] * 60, [pack.Branch([5, 6], (7, 0)), pack.Branch([8], (7, 1))])
+    huge = pack.Tree([7] * 60, [pack.Branch([5, 6], 7), pack.Branch([8], 7)])
     cfg = make_config(train__loss="dpo", train__grad_clip=0.5, train__tokens_per_microbatch=25)
     parts = [TREES[:6], TREES[6:], [huge, *TREES[:2]]]
     counts, other = check_two_ranks(run_ranks, step, folders64[0], cfg, parts, reference | {7: (-9.0, -8.0)})

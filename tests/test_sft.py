@@ -86,7 +86,7 @@ def test_every_step_starts_from_a_clean_gradient(run):
 def test_two_ranks_equal_one(run_ranks, folders64):
     """Eight trees fill both evenly. Of one the second rank gets nothing but a dummy. Of a huge one and two
     others the first rank gets fewer micro-batches."""
-    huge = pack.Tree([7] * 40, [pack.Branch([5, 6], (0, 0))])
+    huge = pack.Tree([7] * 40, [pack.Branch([5, 6], 0)])
     cfg = make_config(train__loss="sft", train__grad_clip=0.5, train__tokens_per_microbatch=25)
     parts = [TREES[:8], TREES[8:], [huge, *TREES[3:5]]]
     counts, other = check_two_ranks(run_ranks, step, folders64[0], cfg, parts)

@@ -222,13 +222,13 @@ def alone(model, prompt, response, temperature=1.0):
 
 def make_trees(n, responses, seed=7):
     """n trees of unequal prompts (3 to 12 tokens), each with responses of unequal lengths (1 to 14), named
-    (tree, number)."""
+    by the tree."""
     rng = random.Random(seed)
 
     def ids(low, high):
         return [rng.randrange(250) for _ in range(rng.randint(low, high))]
 
-    return [pack.Tree(ids(3, 12), [pack.Branch(ids(1, 14), (i, j)) for j in range(responses)])
+    return [pack.Tree(ids(3, 12), [pack.Branch(ids(1, 14), i) for _ in range(responses)])
             for i in range(n)]
 
 
