@@ -38,15 +38,6 @@ from records import (
 )
 
 
-def questions_asked(turns, complaints, lex):
-    """What experts asked: yield (turn, its complaint, the utterance, slot keys of what it asks for)."""
-    for turn, complaint in zip(turns, complaints):
-        if complaint and turn.decision == "continue":
-            text = expert_response(turn)
-            if asks := set(map(slot_key, lexicon.asked(text, lex))):
-                yield turn, complaint, text, asks
-
-
 def pair_of(turn, rejected, rejected_from):
     return Pair(**dict(turn), chosen=expert_response(turn), rejected=rejected, rejected_from=rejected_from)
 
@@ -55,7 +46,12 @@ def build_pairs(turns, lex, generic, seed=0):
     """-> (pairs, Counter of turns left out by reason). The same turns and seed give the same pairs."""
     pairs, left_out = [], Counter()
     complaints = [lexicon.complaint_in(turn, lex) for turn in turns]
-    pool = list(questions_asked(turns, complaints, lex))
+    pool = []  # what experts asked: (turn, its complaint, the utterance, slot keys of what it asks for)
+    for turn, complaint in zip(turns, complaints):
+        if complaint and turn.decision == "continue":
+            text = expert_response(turn)
+            if asks := set(map(slot_key, lexicon.asked(text, lex))):
+                pool.append((turn, complaint, text, asks))
     dull = [attribute for attribute in lex.attributes if is_named(attribute, generic)]
     turns = tqdm(turns, "pairs", unit=" turns", disable=None)
     for i, (turn, complaint) in enumerate(zip(turns, complaints)):

@@ -228,7 +228,6 @@ class Slots:
         self.model = model
         self.sampling = sampling
         self.static = static
-        self.B = B
         self.G = sampling.samples
         self.device = weight.device
 
@@ -261,10 +260,6 @@ class Slots:
 
     def tensor(self, x):
         return torch.tensor(x, device=self.device)
-
-    def free_places(self):
-        taken = {row.place for row in self.rows}
-        return [p for p in range(self.B) if p not in taken]
 
     def prefill(self, entries, noise):
         """Run prompts through the model into the cache and draw the first tokens of their G rows.
@@ -450,7 +445,8 @@ def generate(model, prompts, ends, sampling, keys=None, on_response=None, static
         return rng.random(sampling.max_new_tokens, dtype=np.float32)
 
     while waiting or slots.rows:
-        free = slots.free_places() if waiting else []
+        taken = {row.place for row in slots.rows}
+        free = [place for place in range(B) if place not in taken]
         if waiting and 4 * len(free) >= B:  # in bulk: a pass over one prompt is a slow pass
             while waiting and free:
                 slots.prefill(next_chunk(waiting, free, most), noise)
@@ -504,7 +500,7 @@ def read_prompts(path, tokenizer):
         if not ids:
             raise InputError(f"{path}:{n}: the prompt is empty")
         objects.append(obj)
-        prompts.append(list(ids))
+        prompts.append(ids)
     if not prompts:
         raise InputError(f"{path} holds no prompts")
     return objects, prompts

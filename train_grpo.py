@@ -166,12 +166,6 @@ def batch_loss(logp, entropy, batch, ref, step, cfg):
     return aggregate(loss, batch.seq, t.aggregation, step.tokens, step.responses, length), figures
 
 
-def figures_of_loss(t):
-    """Names of the figures that a loss returns: ranks without responses must know them too."""
-    two = torch.zeros(2)
-    return list(LOSSES[t.loss](two, two, two, two.long(), t)[1])
-
-
 def train_step(model, optimizer, step, cfg, reference=None):
     """One optimizer step on this rank's micro-batches -> {name: number}.
 
@@ -179,7 +173,9 @@ def train_step(model, optimizer, step, cfg, reference=None):
     how many) are in none. gspo: outside is the share outside its clip by the sampler's log-probs.
     """
     t, temperature = cfg.train, cfg.rollout.temperature
-    means = ([*figures_of_loss(t), "entropy", "gap_mean"] + ["kl"] * (reference is not None)
+    two = torch.zeros(2)
+    _, named = LOSSES[t.loss](two, two, two, two.long(), t)  # ranks without responses must know the names too
+    means = ([*named, "entropy", "gap_mean"] + ["kl"] * (reference is not None)
              + ["outside"] * (t.loss == "gspo"))
     sums = running.zeros(model, ["loss", *means, "trained_tokens", "gap_max"])
     optimizer.zero_grad()

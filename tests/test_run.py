@@ -84,8 +84,8 @@ def test_responses_that_are_too_long(tiny_tokenizer, monkeypatch, capsys, rank):
     trees = running.encode_trees(run, prompts, texts)
     assert ("left out: 2 of 4 turns" in capsys.readouterr().out) == (rank == "0")
     found = [(t.prompt, b.name, tiny_tokenizer.decode(b.tokens)) for t in trees for b in t.branches]
-    assert found == [([1], (0, 0), "abc<|im_end|>"), ([1], (0, 1), "d<|im_end|>"),
-                     ([4], (3, 0), "f<|im_end|>"), ([4], (3, 1), "abc<|im_end|>")]
+    assert found == [([1], 0, "abc<|im_end|>"), ([1], 0, "d<|im_end|>"),
+                     ([4], 3, "f<|im_end|>"), ([4], 3, "abc<|im_end|>")]
     with pytest.raises(InputError, match="2 of 2 turns"):
         running.encode_trees(run, prompts[1:3], texts[1:3])
 
