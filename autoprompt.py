@@ -205,8 +205,8 @@ def shown(kind, example, said):
         return {"conversation": spoken(example.turn.context), "targets": example.turn.target,
                 "candidate": example.response, "wanted": example.score, "given": said}
     if kind == "extractor":
-        utts = hindsight.utterances(example.session.messages)
-        return {"conversation": spoken(utts), "wanted": example.items, "given": said}
+        return {"conversation": spoken(hindsight.utterances(example.session.messages)),
+                "wanted": example.items, "given": said}
     return {"conversation": spoken(example.context), "to_be_learned": example.target,
             "right": example.decision, "answers": said}
 

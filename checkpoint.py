@@ -30,7 +30,7 @@ def open_run(cfg, rank):
     """
     run = cfg.run_path
     path = run / "config.yaml"
-    if (all_checkpoints(run / "checkpoints") or (run / "metrics.jsonl").is_file()) and path.is_file():
+    if (all_checkpoints(run) or (run / "metrics.jsonl").is_file()) and path.is_file():
         old = config.flatten(config.load([str(path)]))
         for name in config.changed(cfg, "training", old):
             raise InputError(f"{run} holds a run with {name}={old[name]!r}, this one has "
@@ -58,10 +58,13 @@ def fresh_moments(model, optimizer, updates=0):
                               "exp_avg_sq": torch.zeros_like(p)}
 
 
-def save(folder, step, model, optimizer, state, keep):
-    """Write folder/step_XXXXXX (collective) and remove all but the newest `keep` checkpoints."""
+def save(run, step, model, optimizer, inputs, keep):
+    """Write checkpoints/step_XXXXXX (collective) in the run folder and remove all but the newest `keep`.
+
+    inputs: what is trained on, as a hash that a resume compares.
+    """
     rank = dist.get_rank()
-    out = folder / f"step_{step:06d}"
+    out = run / "checkpoints" / f"step_{step:06d}"
     aside = out.with_name(f".{out.name}.tmp")
     if rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
@@ -76,11 +79,11 @@ def save(folder, step, model, optimizer, state, keep):
     hashes = dict(parallel.all_gather((file.name, file_hash(file))))
     if rank == 0:
         updates = int(next(iter(optimizer.state.values()))["step"])
-        state = {**state, "step": step, "updates": updates, "hashes": hashes}
+        state = {"inputs": inputs, "step": step, "updates": updates, "hashes": hashes}
         write_json(aside / "state.json", {**state, "hash": hash_of(state)})
         shutil.rmtree(out, ignore_errors=True)
         os.replace(aside, out)
-        for old in all_checkpoints(folder)[:-keep]:
+        for old in all_checkpoints(run)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
 
@@ -105,8 +108,9 @@ def read_state(path):
     return state
 
 
-def all_checkpoints(folder):
-    return sorted(state.parent for state in folder.glob("step_*/state.json"))
+def all_checkpoints(run):
+    """The checkpoints in a run folder, the newest last."""
+    return sorted(state.parent for state in run.glob("checkpoints/step_*/state.json"))
 
 
 def load(path, model, optimizer):

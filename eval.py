@@ -66,7 +66,7 @@ def evaluate(policy, judge, prompts, cfg, greedy=False, desc="evaluate"):
 def model_of(cfg):
     """The folder that a config evaluates: what it trained, or its base model where it never trained."""
     run = cfg.run_path
-    export, found = run / "export", checkpoint.all_checkpoints(run / "checkpoints")
+    export, found = run / "export", checkpoint.all_checkpoints(run)
     if export.is_dir() and export.stat().st_mtime >= (found[-1].stat().st_mtime if found else 0):
         return export
     if found or (run / "metrics.jsonl").is_file():

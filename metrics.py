@@ -122,9 +122,8 @@ def interval(drawn):
 
 
 def intervals(graded):
-    """95% intervals, bootstrapped by session -> {metric: [low, high], or None where nothing counts}."""
-    if not graded:
-        return dict.fromkeys(MEANS)
+    """95% intervals of one rollout or more, bootstrapped by session -> {metric: [low, high], or
+    None where nothing counts}."""
     means, = bootstrap(by_session(graded)[1])  # [2000, K]
     return {name: interval(drawn) for name, drawn in zip(MEANS, means.T)}
 

@@ -292,13 +292,11 @@ class Slots:
     def step(self):
         """One more token for every active row."""
         n = len(self.rows)
-        if self.static:
-            self.step_static(self.bucket(n))
+        if not self.static:
+            B = 1 + max(row.place for row in self.rows)
+            self.decode(n, B, int(self.prompt_len[:B].max()), int(self.length[:n].max()))
             return
-        B = 1 + max(row.place for row in self.rows)
-        self.decode(n, B, int(self.prompt_len[:B].max()), int(self.length[:n].max()))
-
-    def step_static(self, n):
+        n = self.bucket(n)
         if self.used[n] == EAGER_STEPS and self.pool:
             self.graphs[n] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graphs[n], pool=self.pool):
@@ -434,9 +432,8 @@ def generate(model, prompts, ends, sampling, keys=None, on_response=None, static
     cuda = model.model.norm.weight.is_cuda
     static = cuda if static is None else static
     slots = Slots(model, B, max(lengths), ends, sampling, static)
-    most = PREFILL_TOKENS
-    if not cuda:  # fewer where the model is wide: gate and up should stay in the caches
-        most = min(most, 2 ** 21 // model.shape.mlp)
+    # On a CPU fewer where the model is wide: gate and up should stay in the caches.
+    most = PREFILL_TOKENS if cuda else min(PREFILL_TOKENS, 2 ** 21 // model.shape.mlp)
     responses = [[None] * G for _ in prompts]
     waiting = list(enumerate(prompts))[::-1]
 
@@ -516,8 +513,7 @@ def arguments():
     p.add_argument("--prompts", required=True, help='JSONL of {"messages": [...]} or {"prompt": "..."}')
     p.add_argument("--out", required=True, help="JSONL: each line again, with its responses")
     for f in fields(Sampling)[:-1]:
-        option = "--" + f.name.replace("_", "-")
-        p.add_argument(option, type=f.type, default=f.default, help=HELP.get(f.name))
+        p.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, default=f.default, help=HELP.get(f.name))
     p.add_argument("--greedy", action="store_true",
                    help="the likeliest token each time (one response per prompt is enough)")
     a = p.parse_args()

@@ -210,9 +210,9 @@ def load(run, size, sources):
     set_layers(model, t.activation_checkpointing, t.compile)
     run.optimizer = torch.optim.AdamW(model.parameters(), lr=t.lr, betas=t.betas, weight_decay=t.weight_decay,
                                       fused=True)
-    found = checkpoint.all_checkpoints(run.dir / "checkpoints")
+    found = checkpoint.all_checkpoints(run.dir)
     if not found and (other := getattr(t, "from")):
-        begun, path = checkpoint.all_checkpoints(Path(other) / "checkpoints"), Path(other) / "config.yaml"
+        begun, path = checkpoint.all_checkpoints(Path(other)), Path(other) / "config.yaml"
         if not begun or config.load([str(path)]).model.path != run.cfg.model.path:
             raise InputError(f"train.from={other} holds no checkpoints of a run with model.path="
                              f"{run.cfg.model.path}")
@@ -309,8 +309,7 @@ def save(run):
     """Write a checkpoint, unless the last step was a bad one: its weights are not to be gone on from."""
     if run.bad:
         return
-    checkpoint.save(run.dir / "checkpoints", run.step, run.model, run.optimizer,
-                    {"inputs": run.inputs}, run.cfg.train.keep_checkpoints)
+    checkpoint.save(run.dir, run.step, run.model, run.optimizer, run.inputs, run.cfg.train.keep_checkpoints)
 
 
 def check_failed(run, groups):

@@ -130,7 +130,11 @@ def prepare(groups, run):
     need_all = t.kl_coef > 0 or t.entropy_coef > 0
     trees, tokens, responses = [], 0, 0
     for b, group in enumerate(groups):
-        refuse_other_distributions(group.responses, cfg.rollout.temperature)
+        for r in group.responses:
+            if r.temperature != cfg.rollout.temperature or r.top_p != 1.0:
+                raise ValueError(f"responses sampled at temperature {r.temperature}, top_p {r.top_p} cannot "
+                                 "be trained on: the loss scores temperature "
+                                 f"{cfg.rollout.temperature}, top_p 1")
         adv = advantages([graded.reward for graded in group.graded], t.advantage)
         branches = [pack.Branch(r.tokens, b, r.logprobs, adv[g]) for g, r in enumerate(group.responses)
                     if group.graded[g].reward is not None]
@@ -141,13 +145,6 @@ def prepare(groups, run):
     parts = [part for tree in trees for part in pack.split_tree(tree, t.tokens_per_microbatch)]
     return Step(list(running.pack_mine(run, parts)), max(tokens, 1), max(responses, 1),
                 (len(groups) - len(trees)) / len(groups))
-
-
-def refuse_other_distributions(responses, temperature):
-    for r in responses:
-        if r.temperature != temperature or r.top_p != 1.0:
-            raise ValueError(f"responses sampled at temperature {r.temperature}, top_p {r.top_p} cannot be "
-                             f"trained on: the loss scores temperature {temperature}, top_p 1")
 
 
 def batch_loss(logp, entropy, batch, ref, step, cfg):

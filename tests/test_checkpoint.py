@@ -47,7 +47,7 @@ def everything(model, optimizer):
 def read_and_save(folder, path, out):
     model, optimizer = train_state(folder)
     state = checkpoint.load(path, model, optimizer)
-    checkpoint.save(out, 4, model, optimizer, state, keep=2)
+    checkpoint.save(out, 4, model, optimizer, state["inputs"], keep=2)
     return state
 
 
@@ -56,12 +56,12 @@ def test_any_number_of_ranks_reads_a_checkpoint(one_rank, run_ranks, folders64, 
     """Written by one rank, read and written by two, read by one: the same to the bit."""
     model, optimizer = train_state(folders64[0])
     written = everything(model, optimizer)
-    checkpoint.save(tmp_path / "one", 3, model, optimizer, {"inputs": "x"}, keep=2)
-    path = tmp_path / "one" / "step_000003"
+    checkpoint.save(tmp_path / "one", 3, model, optimizer, "x", keep=2)
+    path = tmp_path / "one" / "checkpoints" / "step_000003"
     states = run_ranks(read_and_save, 2, folders64[1], path, tmp_path / "two")
     written_as = {"inputs": "x", "step": 3, "updates": 1}
     assert all(state.items() >= written_as.items() for state in states)
-    path = tmp_path / "two" / "step_000004"
+    path = tmp_path / "two" / "checkpoints" / "step_000004"
     model, optimizer = train_state(folders64[1])
     assert checkpoint.load(path, model, optimizer)["step"] == 4
     read = everything(model, optimizer)
@@ -79,8 +79,8 @@ RANK = "rank_00000.safetensors"
     ("state.json", lambda data: data.replace(b'"step": 3', b'"step": 2'))])
 def test_a_checkpoint_that_has_changed_is_refused(one_rank, folders64, tmp_path, name, spoil):
     """One bit flipped, a file lost, a number edited: what is trained on from there would not be this run."""
-    state, file = train_state(folders64[0]), tmp_path / "step_000003" / name
-    checkpoint.save(tmp_path, 3, *state, {"inputs": "x"}, keep=2)
+    state, file = train_state(folders64[0]), tmp_path / "checkpoints" / "step_000003" / name
+    checkpoint.save(tmp_path, 3, *state, "x", keep=2)
     data = file.read_bytes()
     file.unlink()
     if spoil:

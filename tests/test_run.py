@@ -294,7 +294,7 @@ def test_bad_steps_are_counted_and_five_end_the_run(train, refused, monkeypatch,
     lines = train(train_grpo, path)
     assert [m["step"] for m in lines if not m["finite"]] == [2, 3, 4, 5, 7] and len(lines) == 10
     assert all(m["grad_norm"] is None and m["loss"] is None for m in lines if not m["finite"])
-    saved = checkpoint.all_checkpoints(tmp_path / "run" / "checkpoints")
+    saved = checkpoint.all_checkpoints(tmp_path / "run")
     assert [path.name for path in saved] == ["step_000006", "step_000008", "step_000010"]
     state = read_json(saved[-1] / "state.json")
     assert state["updates"] == 5
@@ -303,7 +303,7 @@ def test_bad_steps_are_counted_and_five_end_the_run(train, refused, monkeypatch,
     line = refused(train_grpo, path, "train.steps=20")
     assert "5 steps in a row" in line and "step 16" in line
     assert len(metrics(path)) == 16 and not (tmp_path / "run" / "export").exists()
-    assert checkpoint.all_checkpoints(tmp_path / "run" / "checkpoints") == saved  # to go on from
+    assert checkpoint.all_checkpoints(tmp_path / "run") == saved  # to go on from
 
 
 @pytest.mark.parametrize("gaps", [(math.nan, 0.0), (0.0, math.nan)])
@@ -337,7 +337,7 @@ def test_kill_and_resume_on_two_ranks(train, monkeypatch, marks_checkpoint, tmp_
     assert len(kill_tree(second)) >= 3
     run = killed.parent / "run"
     assert not (run / "export").exists() and len(metrics(killed)) < STEPS, "it was not killed on the way"
-    found = checkpoint.all_checkpoints(run / "checkpoints")
+    found = checkpoint.all_checkpoints(run)
     assert found and (run / "checkpoints" / found[-1].name / "rank_00001.safetensors").is_file()
     for process in (first, torchrun("train_grpo.py", killed)):
         log = process.communicate(timeout=240)[0]
