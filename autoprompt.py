@@ -139,14 +139,14 @@ def split(examples, seed):
     return parts
 
 
-def better(new, old, seed=0, draws=2000):
+def better(new, old, seed=0):
     """Paired bootstrap of the mean difference -> (difference, its 5% quantile); better where that is above 0.
 
     >>> better([1.0, 1.0, 0.5, 1.0], [0.5, 0.5, 0.5, 0.5])
     (0.375, 0.125)
     """
     d = np.array(new) - np.array(old)
-    drawn = d[np.random.default_rng(seed).integers(len(d), size=(draws, len(d)))].mean(1)
+    drawn = d[np.random.default_rng(seed).integers(len(d), size=(2000, len(d)))].mean(1)
     return float(d.mean()), float(np.quantile(drawn, 0.05))
 
 

@@ -179,7 +179,7 @@ LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_po
 
 def read_shape(folder):
     """config.json of a Hugging Face folder -> Shape. InputError: what this file does not compute."""
-    path = Path(folder) / "config.json"
+    path = folder / "config.json"
     try:
         c = read_json(path)
     except (OSError, ValueError) as error:
@@ -445,7 +445,6 @@ def open_weights(folder):
 
 def load_weights(model, folder):
     """Fill the parameters from a folder's safetensors. Each rank reads only its own rows."""
-    folder = Path(folder)
     where = open_weights(folder)
     params = dict(model.named_parameters())
     missing = sorted(params.keys() - where)

@@ -23,7 +23,7 @@ def start():
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with a torchrun that is killed
     cuda = torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    device = torch.device(f"cuda:{local}" if cuda else "cpu")
     if cuda:
         present = torch.cuda.device_count()
         if local >= present:
@@ -52,7 +52,7 @@ def compute_dtype(name, device):
 
 
 def load_sharded(folder, device, dtype, trainable=True):
-    """A checkpoint straight into FSDP2 shards: each rank reads only its own rows, none holds the whole model.
+    """A checkpoint folder into FSDP2 shards: each rank reads only its own rows, none holds the whole model.
 
     Trainable: master weights of at least float32, computing in `dtype`. Gradients are SUMMED over ranks: the
     losses carry global denominators, so FSDP's own averaging is undone. Not trainable (a KL reference):

@@ -113,8 +113,8 @@ def apply_template(tokenizer, messages):
         raise InputError(f"the tokenizer at {tokenizer.name_or_path} has no chat template: add "
                          "chat_template.jinja to it")
     try:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False,
-                                                  enable_thinking=False))
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False,
+                                             enable_thinking=False)
     except Exception as error:  # a template may refuse a conversation, with any exception of jinja
         raise InputError(f"the chat template of {tokenizer.name_or_path} refuses the conversation that ends "
                          f"with {messages[-1]['content'][:60]!r} ({error}); use a template that allows it, "

@@ -373,8 +373,7 @@ class Slots:
         freed = {self.rows[r].place for r in done} - {self.rows[r].place for r in left}
         if self.static and n and self.bucket(n) == self.bucket(active) and not (waiting and freed):
             return []
-        at = self.tensor(done)
-        columns = (x[at].tolist() for x in (self.length, self.tokens, self.logprobs))
+        columns = (x[done].tolist() for x in (self.length, self.tokens, self.logprobs))
         out = [(self.rows[r], tokens[:T], logprobs[:T]) for r, T, tokens, logprobs in zip(done, *columns)]
         holes = [r for r in done if r < n]
         if holes:

@@ -76,6 +76,7 @@ def reference_logprobs(run, trees, inputs):
     if kept.get("inputs") == inputs:
         return dict(kept["logprobs"])
     found = sum(parallel.all_gather(compute_reference(run, trees)), [])
+    gc.collect()  # FSDP's modules refer to each other: without this the shards would stay beside the policy's
     if run.rank == 0:
         write_json(path, {"inputs": inputs, "logprobs": found})
     return dict(found)
@@ -94,8 +95,6 @@ def compute_reference(run, trees):
                 if batch.names:
                     found += zip(batch.names[::2], pair_sums(logp, batch).tolist())
             bar.update(len(some))
-    del model
-    gc.collect()  # FSDP's modules refer to each other: without this the shards would stay beside the policy's
     return found
 
 

@@ -1,4 +1,6 @@
 """FSDP on one rank and on three: loading, sampling from gathered weights, a step, export, exchanges."""
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -32,7 +34,7 @@ def step_of_sgd(model, prompts, responses):
 
 
 def test_sampling_under_fsdp_reads_the_weights_of_the_moment(one_rank, make_checkpoint):
-    folder = str(make_checkpoint("qwen2", tie_word_embeddings=False))
+    folder = make_checkpoint("qwen2", tie_word_embeddings=False)
     plain = decoder.load(folder, "cpu", torch.float64).requires_grad_(True)
     sharded = parallel.load_sharded(folder, one_rank, torch.float64)
     seen = []
@@ -89,7 +91,7 @@ def test_master_weights_are_float32_and_computing_is_bfloat16(one_rank, tiny_che
 def on_each_rank(folder, out):
     """What test_three_ranks runs: load, export, sample, take a step, export. -> this rank's report."""
     rank, world, device = parallel.start()
-    model = parallel.load_sharded(folder, device, torch.float64)
+    model = parallel.load_sharded(Path(folder), device, torch.float64)
     stored = {n: t.double() for n, t in load_file(folder + "/model.safetensors").items()}
     report = {"equal": equal(weights(model), stored),
               "rows": {n: p.to_local().shape[0] for n, p in model.named_parameters()}}
