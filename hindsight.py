@@ -19,11 +19,10 @@ import json
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from contextlib import ExitStack
+from contextlib import suppress
 from functools import cache, partial
 from itertools import chain, combinations, starmap
-from operator import attrgetter
-from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from pydantic import ValidationError, field_validator
@@ -56,7 +55,6 @@ from records import (
     same,
     shorten,
     slot_key,
-    whole_file,
     write_json,
     write_jsonl,
 )
@@ -65,6 +63,7 @@ SHOWN = 3  # bad lines quoted per reason; the rest are counted
 SLOTS = 30  # rows of the table of slots
 STRANGE = 4  # turns of a kind to look at first
 FILES = "eval.jsonl train.jsonl valid.jsonl self_check.jsonl".split()
+BAR = "calls cached invalid failed tokens_in tokens_out".split()  # counts of the extractor beside the bar
 
 
 # --------------------------------------------------------------------------------------------------- sessions
@@ -98,9 +97,9 @@ def check_session(row, end_markers=END_MARKERS):
         return None, ("bad text", "a text holds half a surrogate pair (a cut emoji), which is not UTF-8")
     except ValidationError as error:
         field, *inner = error.errors()[0]["loc"]
-        kind = "bad annotations" if "learned" in inner or "asks" in inner else f"bad {field}"
+        kind = "annotations" if "learned" in inner or "asks" in inner else field
         hint = " (see data.roles)" if "role" in inner else ""
-        return None, ("no session_id" if field == "session_id" else kind, explain(error) + hint)
+        return None, (f"bad {kind}", explain(error) + hint)
     for i, m in enumerate(session.messages, 1):
         if m.role == "assistant" and m.content.strip() in end_markers:
             del session.messages[i:]
@@ -121,10 +120,8 @@ def value_text(value):
     ('Sunday', 'nuts, milk', '31', 'a week')
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
+        with suppress(ValueError):
             value = json.loads(value)
-        except ValueError:
-            pass
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value).strip()
 
 
@@ -320,7 +317,7 @@ def agreement(results):
         decisions, targets = [turn.decision for turn in found], [turn.target for turn in found]
         scores = list(starmap(f1, combinations(targets, 2)))
         yield {"turn_id": turn_id, "decisions": decisions, "targets": targets,
-               "f1": sum(scores) / len(scores) if scores else None,
+               "f1": fmean(scores) if scores else None,
                "same_decision": len(found) == len(results) and len(set(decisions)) == 1}
 
 
@@ -417,7 +414,7 @@ def usable(cfg, name, tally, goal, not_in=()):
     """
     for place, row in logs.rows(cfg, name, lambda place, why: tally.set_aside(place, "bad line", why)):
         session, why = check_session(row, cfg.hindsight.end_markers)
-        if not why or why[0] not in ("bad text", "no session_id"):
+        if not why or why[0] not in ("bad text", "bad session_id"):
             session_id = str(row["session_id"])
             first = tally.seen.setdefault(session_id, place)
             if first != place:
@@ -441,30 +438,26 @@ def sessions(cfg):
 
 
 def build_file(cfg, name, out, extractor, not_in=()):
-    """The sessions of data.NAME -> turns, written to the file `out` in input order. -> Tally
+    """The sessions of data.NAME -> turns, written to the open file `out` in input order. -> Tally
 
     not_in: ids of sessions to be set aside. Raises InputError where there are no turns.
     """
     how, source, tally = cfg.hindsight, extractor.source, Tally(getattr(cfg.data, name))
     bar = tqdm(usable(cfg, name, tally, extractor.goal, not_in), tally.files, unit=" sessions", disable=None)
-    with open(out, "w", encoding="utf-8") as lines:
-        for session, readings in extractor.read(bar):
-            results = [build_turns(session, items_of, how) for items_of in readings]
-            if not results:
-                tally.aside["no usable extraction"] += 1
-                continue
-            tally.sessions += 1
-            turns, dropped, facts = results[0]
-            lines.writelines(map(as_line, turns))
-            tally.add(session, turns, facts, how.generic)
-            tally.dropped.update(dropped)
-            if how.self_check > 1:
-                tally.checks += agreement([made for made, *_ in results])
-            if source:
-                n = source.tally.n
-                failed, tokens = n["invalid"] + n["failed"], (n["tokens_in"] + n["tokens_out"]) / 1e6
-                bar.set_postfix_str(f"{n['calls']} calls, {n['cached']} cached, {failed} failed, "
-                                    f"{tokens:.2f}M tokens", refresh=False)
+    for session, readings in extractor.read(bar):
+        results = [build_turns(session, items_of, how) for items_of in readings]
+        if not results:
+            tally.aside["no usable extraction"] += 1
+            continue
+        tally.sessions += 1
+        turns, dropped, facts = results[0]
+        out.writelines(map(as_line, turns))
+        tally.add(session, turns, facts, how.generic)
+        tally.dropped.update(dropped)
+        if how.self_check > 1:
+            tally.checks += agreement([made for made, *_ in results])
+        if source:
+            bar.set_postfix({kind: source.tally.n[kind] for kind in BAR}, refresh=False)
     tally.told = "\n".join(tally.report(source))
     print(tally.told)
     tally.check(how)
@@ -488,19 +481,14 @@ def divide(ids, data, seed):
     return part
 
 
-def split(path, folder, part):
-    """The turns in a file -> folder/PART.jsonl, by the part that each session belongs to."""
-    with ExitStack() as stack, open(path, encoding="utf-8") as lines:
-        out = {name: stack.enter_context(whole_file(folder / f"{name}.jsonl")) for name in {*part.values()}}
-        for line in lines:
-            out[part[json.loads(line)["session_id"]]].write(line)
+
 
 
 def write_checks(path, checks, n):
     """Write and sum up how far n extractions agree."""
     write_jsonl(path, checks)
-    scores = [check["f1"] for check in checks if check["f1"] is not None]
-    mean, alike = sum(scores) / max(len(scores), 1), sum(check["same_decision"] for check in checks)
+    mean = fmean([check["f1"] for check in checks if check["f1"] is not None] or [0])
+    alike = sum(check["same_decision"] for check in checks)
     print(f"self-check over {n} extractions: mean F1 of I* {mean:.3f}, "
           f"the same s* at {alike} of {len(checks)} turns; {path}")
 
@@ -533,7 +521,7 @@ def report_marks(path, turns):
     marks = [mark for _, mark in read_records(path, Mark)
              if now.get(mark.turn_id) == (mark.decision, mark.target)]
     for name in ("target_right", "decision_right"):
-        said = [mark for mark in map(attrgetter(name), marks) if mark is not None]
+        said = [getattr(mark, name) for mark in marks]
         right, wrong = said.count(True), said.count(False)
         low, high = metrics.interval(np.random.default_rng(0).beta(right + 0.5, wrong + 0.5, 10_000))
         print(f"{path}: {name} at {right} of {right + wrong} marked turns (95% interval {low:.0%} to "
@@ -571,24 +559,25 @@ def main(argv=None):
     lock(cfg.run_path)
     lock(folder)
     extractor = Extractor(cfg)
-    with tempfile.TemporaryDirectory(prefix=".building.", dir=folder) as aside:
-        aside = Path(aside)
-        train = build_file(cfg, "logs", aside / "train", extractor)
-        part = divide(train.turns, cfg.data, cfg.seed)
-        checks = train.checks
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix=".building.", dir=folder) as made:
+        train = build_file(cfg, "logs", made, extractor)
+        part, turns, checks = divide(train.turns, cfg.data, cfg.seed), train.turns, train.checks
         if cfg.data.eval_logs:
-            checks += build_file(cfg, "eval_logs", aside / "eval", extractor, train.seen).checks
+            held_out = build_file(cfg, "eval_logs", made, extractor, train.seen)
+            part |= dict.fromkeys(held_out.turns, "eval")
+            turns |= held_out.turns
+            checks += held_out.checks
+        made.flush()
         write_json(folder / "made.json", {"files": {}})  # until the end the files do not belong together
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
-        split(aside / "train", folder, part)
-        if cfg.data.eval_logs:
-            (aside / "eval").replace(folder / "eval.jsonl")
-    files = {}
-    for path in filter(Path.is_file, map(folder.joinpath, FILES)):
-        of = Counter(turn["session_id"] for _, turn in read_jsonl(path))
-        print(f"wrote {path}: {of.total()} turns of {len(of)} sessions")
-        files[path.name] = file_hash(path)
+        files = {}
+        for name in sorted({*part.values()}):
+            path = folder / f"{name}.jsonl"
+            write_jsonl(path, (turn for _, turn in read_jsonl(made.name) if part[turn["session_id"]] == name))
+            counts = [n for session_id, n in turns.items() if part[session_id] == name]
+            print(f"wrote {path}: {sum(counts)} turns of {len(counts)} sessions")
+            files[path.name] = file_hash(path)
     write_json(folder / "made.json", {**config.made_with(cfg, "turns"), "files": files})
     if checks:
         write_checks(folder / "self_check.jsonl", checks, cfg.hindsight.self_check)

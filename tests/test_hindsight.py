@@ -225,9 +225,9 @@ GOOD_ROW = '{"session_id": "s", "messages": [{"role": "user", "content": "x"}]'
 @pytest.mark.parametrize("row, says", [  # a row that begins with a comma goes on from GOOD_ROW
     ("not JSON", "bad line: not valid UTF-8 JSON"),
     ("[1]", "bad line: expected a JSON object"),
-    ('{"messages": []}', "no session_id: session_id is missing"),
-    (', "session_id": true}', "no session_id: session_id must be a text, not True"),
-    (', "session_id": " "}', "no session_id: session_id must not be blank"),
+    ('{"messages": []}', "bad session_id: session_id is missing"),
+    (', "session_id": true}', "bad session_id: session_id must be a text, not True"),
+    (', "session_id": " "}', "bad session_id: session_id must not be blank"),
     (', "session_id": 1}', "duplicate session_id: session_id '1' already stands in "),
     ('{"session_id": 9}', "bad messages: messages is missing"),
     (', "messages": []}', "bad messages: messages is empty"),
