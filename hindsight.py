@@ -219,23 +219,24 @@ class Extractor:
     def __init__(self, cfg):
         self.settings = how = cfg.hindsight
         read = cfg.data.lexicon and how.source != "annotations"  # they come before a lexicon that is mined
-        lex = lexicon.load(cfg.data.lexicon) if read else None
-        self.goal = cfg.data.goal or (lex.goal if lex else "")
+        self.lexicon = lexicon.load(cfg.data.lexicon) if read else None
+        self.goal = cfg.data.goal or (self.lexicon.goal if self.lexicon else "")
         self.source = llm.open_source("extractor", cfg) if how.source == "llm" else None
-        self.at_once = (lambda goal: partial(extract_rules, lex=lex.at(goal)) if how.source == "rules"
-                        else extract_annotations)
 
     def read(self, sessions):
         """Yield (session, readings) in input order. Each reading is a function: utterances -> items of each.
 
         There are hindsight.self_check readings, without those that the language model failed at.
         """
-        if not self.source:
+        if self.source:
+            for session, replies in llm.in_order(self.source, sessions, self.ask):
+                yield session, [reply.by_utterance for reply in replies if reply]
+        elif self.settings.source == "rules":
             for session in sessions:
-                yield session, [self.at_once(session.goal)]
-            return
-        for session, replies in llm.in_order(self.source, sessions, self.ask):
-            yield session, [reply.by_utterance for reply in replies if reply]
+                yield session, [partial(extract_rules, lex=self.lexicon.at(session.goal))]
+        else:
+            for session in sessions:
+                yield session, [extract_annotations]
 
     def ask(self, session):
         utts = utterances(session.messages, self.settings.end_markers)
@@ -254,12 +255,11 @@ def each_once(facts):
     return first
 
 
-def decision_points(utts, facts, how):
-    """Yield (end, known, target, decision, dropped) for each user utterance.
+def build_turns(session, extract, how):
+    """A session -> (its turns, Counter of dropped points by reason, the items that each utterance reveals).
 
-    The context is utts[:end], known and target (I*) are "slot: value" items, decision is s*. dropped says why
-    no turn is made of the point, or is None. facts: for each utterance, the items it reveals. how:
-    cfg.hindsight.
+    extract: utterances -> items ("slot: value") of each; how: cfg.hindsight. Each user utterance is a point.
+    Turns are numbered from 1 as in the paper; dropped points leave a gap.
 
     cough | since when? | two days, no fever | any allergies? | none | thanks, take this
     facts [["symptom: cough"], [], ["duration: two days", "fever: no"], [], ["allergies: none"], []], generic
@@ -267,41 +267,28 @@ def decision_points(utts, facts, how):
     stop (stop_rule last_turn: dropped). Point 3 is the last: stop. Had the user said "three days" at point 3,
     it would be a correction, which nobody could have asked for: a target only if duration is many-valued.
     """
+    utts = utterances(session.messages, how.end_markers)
+    facts, turns, dropped = extract(utts), [], Counter()
     ends = [i for i, u in enumerate(utts, 1) if u.role == "user"]
-    for end in ends:
+    for t, end in enumerate(ends, 1):
         known = each_once(facts[:end])
         answered = {slot for slot, _ in known}
         target = [item for (slot, value), item in each_once(facts[end:]).items()
                   if (slot, value) not in known and not is_named(slot, how.generic)
                   and (slot not in answered or is_named(slot, how.many_valued))]
-        last = end == ends[-1]
-        broken_off, dropped = last and not utts[-1].final, None
-        if broken_off and end == len(utts) and how.user_end == "drop":
-            dropped = "session ends on a user utterance (hindsight.user_end=drop)"
-        elif broken_off and end < len(utts) and utts[end].question:
-            dropped = "closing question never answered"
+        last, expert = end == ends[-1], utts[end] if end < len(utts) else None
+        broken_off = last and not utts[-1].final
+        if broken_off and not expert and how.user_end == "drop":
+            dropped["session ends on a user utterance (hindsight.user_end=drop)"] += 1
+        elif broken_off and expert and expert.question:
+            dropped["closing question never answered"] += 1
         elif not last and not target and how.stop_rule == "last_turn":
-            dropped = "continue with an empty I* (hindsight.stop_rule=last_turn)"
-        yield end, list(known.values()), target, "continue" if target and not last else "stop", dropped
-
-
-def build_turns(session, extract, how):
-    """A session -> (its turns, Counter of dropped points by reason, the items that each utterance reveals).
-
-    extract: utterances -> items of each; how: cfg.hindsight. Turns are numbered from 1 as in the paper;
-    dropped ones leave a gap.
-    """
-    utts = utterances(session.messages, how.end_markers)
-    turns, dropped = [], Counter()
-    facts = extract(utts)
-    for t, (end, known, target, decision, why) in enumerate(decision_points(utts, facts, how), 1):
-        if why:
-            dropped[why] += 1
-            continue
-        turns.append(Turn(
-            turn_id=f"{session.session_id}_{t}", session_id=session.session_id, goal=session.goal,
-            context=utts[:end], expert=utts[end].content if end < len(utts) else None,
-            known=known, target=target, decision=decision))
+            dropped["continue with an empty I* (hindsight.stop_rule=last_turn)"] += 1
+        else:
+            turns.append(Turn(
+                turn_id=f"{session.session_id}_{t}", session_id=session.session_id, goal=session.goal,
+                context=utts[:end], expert=expert and expert.content, known=list(known.values()),
+                target=target, decision="continue" if target and not last else "stop"))
     return turns, dropped, facts
 
 
@@ -337,7 +324,7 @@ class Tally:
         self.sessions = 0  # used
         self.turns = {}  # id of a session that gave turns: how many
         self.aside, self.dropped, self.notes = Counter(), Counter(), Counter()
-        self.slots = {what: Counter() for what in ("revealed", "asked for", "in I*", "left out as generic")}
+        self.slots = defaultdict(Counter)  # what is done with slots: how often with each
         self.wanted = Counter()  # continue turns by the size of I*
         self.shown = []  # what is said of single lines
         self.checks = []  # see agreement
@@ -352,11 +339,12 @@ class Tally:
             self.turns[session.session_id] = len(turns)
         self.wanted.update(len(turn.target) for turn in turns if turn.decision == "continue")
         revealed = [same(item)[0] for item in chain(*facts)]
-        found = (revealed, [slot_key(slot) for m in session.messages for slot in m.asks or ()],
-                 [same(item)[0] for turn in turns for item in turn.target],
-                 [slot for slot in revealed if is_named(slot, generic)])
-        for counts, slots in zip(self.slots.values(), found):
-            counts.update(slots)
+        for what, slots in {
+                "revealed": revealed,
+                "asked for": [slot_key(slot) for m in session.messages for slot in m.asks or ()],
+                "in I*": [same(item)[0] for turn in turns for item in turn.target],
+                "left out as generic": [slot for slot in revealed if is_named(slot, generic)]}.items():
+            self.slots[what].update(slots)
         for record in (session, *session.messages):
             self.notes.update(unknown_key(type(record), name) for name in record.model_extra)
         self.notes["blank messages left out"] += sum(is_blank(m.content) for m in session.messages)
@@ -364,14 +352,10 @@ class Tally:
 
     def report(self, source):
         """What is to be said of the logs -> yield lines."""
-        turns = sum(self.turns.values())
-        told = f"{self.sessions + self.aside.total()} lines, {self.sessions} sessions used, {turns} turns"
-        if turns:
-            going_on, items = self.wanted.total(), self.slots["in I*"].total()
-            rate = going_on / turns
-            told += (f" ({rate:.1%} continue, {1 - rate:.1%} stop), mean size of I* where continue "
-                     f"{items / max(going_on, 1):.2f}")
-        yield f"{self.files}: {told}"
+        turns, going_on, items = sum(self.turns.values()), self.wanted.total(), self.slots["in I*"].total()
+        stops = turns and 1 - going_on / turns
+        yield (f"{self.files}: {self.sessions + self.aside.total()} lines, {self.sessions} sessions used, "
+               f"{turns} turns ({stops:.1%} stop)")
         for what, counts in zip(("sessions set aside", "turns dropped", "note"),
                                 (self.aside, self.dropped, self.notes)):
             for kind, count in (+counts).most_common():
@@ -379,9 +363,9 @@ class Tally:
         if source:
             yield f"  extractor: {llm.report(source)}"
         yield from self.shown
-        if turns and not 0.02 <= 1 - rate <= 0.8:
-            yield f"  warning: {1 - rate:.1%} of the turns are stops: is everything found that users reveal?"
-        revealed, asked, *_ = self.slots.values()
+        if turns and not 0.02 <= stops <= 0.8:
+            yield f"  warning: {stops:.1%} of the turns are stops: is everything found that users reveal?"
+        revealed, asked = self.slots["revealed"], self.slots["asked for"]
         for what, slots in (("revealed and never asked for", revealed.keys() - asked),
                             ("asked for and never revealed", asked.keys() - revealed)):
             if asked and revealed and slots:
@@ -391,14 +375,15 @@ class Tally:
                 [slot, *(str(counts[slot]) for counts in self.slots.values())]
                 for slot, _ in revealed.most_common(SLOTS)])
         sizes = ", ".join(f"{n} of {size}" for size, n in sorted(self.wanted.items()))
-        yield f"  continue turns by the size of I*: {sizes}"
+        yield f"  continue turns by the size of I* (mean {items / max(going_on, 1):.2f}): {sizes}"
 
     def check(self, how):
         """Raise InputError where the turns cannot be right, or where there are none."""
         failed = self.aside["no usable extraction"]
-        if failed > how.max_failed * (failed + self.sessions):
-            raise InputError(f"{self.files}: no usable extraction for {failed} of {failed + self.sessions} "
-                             f"sessions, over hindsight.max_failed={how.max_failed}: a rerun asks again")
+        asked = failed + self.sessions
+        if failed > how.max_failed * asked:
+            raise InputError(f"{self.files}: no usable extraction for {failed} of {asked} sessions, over "
+                             f"hindsight.max_failed={how.max_failed}: a rerun asks again")
         if not self.turns:
             raise InputError(f"{self.files} gave no turns: nothing was written (see above; data.fields and "
                              "data.roles tell what your logs call our fields and roles)")

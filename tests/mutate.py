@@ -43,7 +43,7 @@ GROUPS = [
     ("size:2 chunks:2 pack:7 forward:6 backward:5 split_tree:4 balance:4", "pack.py", "test_pack.py"),
     ("decision:1 r_s:1 omega_rule:4 fuse:7 r_a_rules/grade_rules:9", "reward.py", "test_reward.py"),
     ("grade_one:7 needs_grader:2", "grading.py", "test_grading.py test_reward.py"),
-    ("utterances:7 annotated:2 value_text:2 by_utterance:2 decision_points:10 build_turns:3 add:3",
+    ("utterances:7 annotated:2 value_text:2 by_utterance:2 build_turns:13 add:3",
      "hindsight.py", "test_hindsight.py"),
     ("check:5", "hindsight.py", "test_hindsight.py test_extraction.py"),
     ("agreement:3", "hindsight.py", "test_extraction.py::test_agreement"),

@@ -259,8 +259,8 @@ def test_summary_counts_everything(tmp_path, capsys):
         *map(numbered, range(3)), numbered("1"), numbered(7, success=False), *["bad"] * 9, unanswered])
     assert len(run(tmp_path, "hindsight.generic=[pregnancy]", logs=logs)["train"]) == 15
     out = capsys.readouterr().out
-    for line in ("15 lines, 4 sessions used, 15 turns (53.3% continue, 46.7% stop)", "1 success is false",
-                 "mean size of I* where continue 1.50",  # two at the first point, one at the second
+    for line in ("15 lines, 4 sessions used, 15 turns (46.7% stop)", "1 success is false",
+                 "continue turns by the size of I* (mean 1.50): 4 of 1, 4 of 2",
                  "log.jsonl:4: set aside: session_id '1' already stands in ", "9 bad line",
                  "turns dropped: 1 closing question never answered", "4 sessions without a goal",
                  "| pregnancy |        4 |",
