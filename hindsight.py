@@ -318,9 +318,9 @@ def unknown_key(kind, name):
 class Tally:
     """What became of the conversations of data.logs or data.eval_logs, and why."""
 
-    def __init__(self, files):
+    def __init__(self, files, seen):
         self.files = ", ".join(files)
-        self.seen = {}  # session_id: where it stands
+        self.seen = seen  # session_id: where it stands
         self.sessions = 0  # used
         self.turns = {}  # id of a session that gave turns: how many
         self.aside, self.dropped, self.notes = Counter(), Counter(), Counter()
@@ -392,20 +392,19 @@ class Tally:
                              f"hindsight.source={how.source} reads (learned, lexicon, extractor)")
 
 
-def usable(cfg, name, tally, goal, not_in=()):
+def usable(cfg, name, tally, goal):
     """The conversations of data.NAME -> yield the sessions to learn from. The others are set aside.
 
-    goal: of sessions that name none. not_in: ids of sessions to be set aside.
+    goal: of sessions that name none.
     """
     for place, row in logs.rows(cfg, name, lambda place, why: tally.set_aside(place, "bad line", why)):
         session, why = check_session(row, cfg.hindsight.end_markers)
         if not why or why[0] not in ("bad text", "bad session_id"):
             session_id = str(row["session_id"])
-            first = tally.seen.setdefault(session_id, place)
-            if first != place:
+            if first := tally.seen.get(session_id):
                 why = "duplicate session_id", f"session_id {session_id!r} already stands in {first}"
-            elif session_id in not_in:
-                why = "also in the training logs", f"session_id {session_id!r} is also in the training logs"
+            else:
+                tally.seen[session_id] = place
         if why:
             tally.set_aside(place, *why)
         else:
@@ -415,20 +414,20 @@ def usable(cfg, name, tally, goal, not_in=()):
 
 def sessions(cfg):
     """-> (training sessions, held-out sessions) of a config, those that hindsight.py uses."""
-    tally, goal, parts = Tally([]), cfg.data.goal, ([], [])
+    tally, goal, parts = Tally([], {}), cfg.data.goal, ([], [])
     for session in usable(cfg, "logs", tally, goal):
         parts[logs.is_held_out(session.session_id, cfg.data)].append(session)
-    parts[1].extend(usable(cfg, "eval_logs", Tally([]), goal, tally.seen))
+    parts[1].extend(usable(cfg, "eval_logs", tally, goal))
     return parts
 
 
-def build_file(cfg, name, out, extractor, not_in=()):
+def build_file(cfg, name, out, extractor, seen):
     """The sessions of data.NAME -> turns, written to the open file `out` in input order. -> Tally
 
-    not_in: ids of sessions to be set aside. Raises InputError where there are no turns.
+    seen: where sessions stand by their ids; one that is there is set aside. InputError: there are no turns.
     """
-    how, source, tally = cfg.hindsight, extractor.source, Tally(getattr(cfg.data, name))
-    bar = tqdm(usable(cfg, name, tally, extractor.goal, not_in), tally.files, unit=" sessions", disable=None)
+    how, source, tally = cfg.hindsight, extractor.source, Tally(getattr(cfg.data, name), seen)
+    bar = tqdm(usable(cfg, name, tally, extractor.goal), tally.files, unit=" sessions", disable=None)
     for session, readings in extractor.read(bar):
         results = [build_turns(session, items_of, how) for items_of in readings]
         if not results:
@@ -464,9 +463,6 @@ def divide(ids, data, seed):
         raise InputError(f"data.split={data.split} and data.valid_sessions={data.valid_sessions} leave none "
                          f"of {len(ids)} sessions for turns/{name}.jsonl: change them")
     return part
-
-
-
 
 
 def write_checks(path, checks, n):
@@ -523,8 +519,8 @@ def show(cfg, told):
     strange, path = strangest(turns), folder / "marks.jsonl"
     for turn in turns:
         if turn.turn_id in strange:
-            said, answer = map(shorten, (turn.context[-1].content, turn.expert))
-            print(f"  strange: {turn.turn_id}: {strange[turn.turn_id]}: {said} -> {answer}, I* {turn.target}")
+            print(f"  strange: {turn.turn_id}: {strange[turn.turn_id]}: {shorten(turn.context[-1].content)} "
+                  f"-> {shorten(turn.expert)}, I* {turn.target}")
     page = report.write_turns(folder / "turns.html", told, turns, strange)
     print(f"wrote {page}: look at the labels before you train on them")
     if path.is_file():
@@ -545,7 +541,7 @@ def main(argv=None):
     lock(folder)
     extractor = Extractor(cfg)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix=".building.", dir=folder) as made:
-        train = build_file(cfg, "logs", made, extractor)
+        train = build_file(cfg, "logs", made, extractor, {})
         part, turns, checks = divide(train.turns, cfg.data, cfg.seed), train.turns, train.checks
         if cfg.data.eval_logs:
             held_out = build_file(cfg, "eval_logs", made, extractor, train.seen)

@@ -281,7 +281,9 @@ def test_eval_sessions_never_stand_in_training(tmp_path, capsys):
     held = write_lines(tmp_path / "b", map(numbered, range(2, 5)))
     files = run(tmp_path, logs=logs, eval_logs=held)
     assert ids(files["eval"]) == {"3", "4"} and len(files["train"]) == 12
-    assert "1 also in the training logs" in capsys.readouterr().out
+    assert f"{held}:1: set aside: session_id '2' already stands in {logs}:3" in capsys.readouterr().out
+    run(tmp_path, f"data.logs=[{logs}, {logs}]")  # a file named twice
+    assert "sessions set aside: 3 duplicate session_id" in capsys.readouterr().out
 
 
 def test_valid_split_is_by_session_seeded_and_replaced_by_a_rerun(tmp_path):
