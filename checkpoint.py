@@ -19,7 +19,7 @@ from tqdm import tqdm
 import config
 import parallel
 from model import local, shard_rows
-from records import InputError, file_hash, read_json, read_jsonl, write_json, write_jsonl
+from records import InputError, file_hash, hash_of, read_json, read_jsonl, write_json, write_jsonl
 
 
 def open_run(cfg, rank):
@@ -88,8 +88,7 @@ def save(run, step, model, optimizer, inputs, keep):
     dist.barrier()
 
 
-def hash_of(state):
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
 
 
 def read_state(path):
@@ -133,9 +132,8 @@ def load(path, model, optimizer):
 
 # ------------------------------------------------------------------------------------------------------ log
 
-# The progress bar's label: a record's key, where the record has it.
-SHOWN = dict(pair.split(":") for pair in
-             "R:reward WA-GH:wa_gh WS:ws len:length loss:loss accuracy:accuracy margin:margin".split())
+# Keys of a step's record that the progress bar shows.
+SHOWN = "reward wa_gh ws length loss accuracy margin gap_max rollout_s grade_s train_s".split()
 
 
 class Log:
@@ -145,7 +143,7 @@ class Log:
     """
 
     def __init__(self, cfg, step, total, rank):
-        self.file = self.wandb = self.gap = None
+        self.file = self.wandb = None
         if rank > 0:
             return
         run = cfg.run_path
@@ -172,17 +170,7 @@ class Log:
             self.wandb.log(figures | held_out, step=record["step"])
         if record["step"]:
             self.bar.update(record["step"] - self.bar.n)
-            self.bar.set_postfix_str(self.postfix(record))
-
-    def postfix(self, record):
-        """What the progress bar shows of a step."""
-        if record.get("gap_max") is not None:  # measured once a sync
-            self.gap = record["gap_max"]
-        parts = [f"{label} {record[k]:.2g}" for label, k in SHOWN.items() if record.get(k) is not None]
-        if self.gap is not None:
-            parts.append(f"gap {self.gap:.1g}")
-        phases = [f"{k[:-2]} {record[k]:.1f}" for k in ("rollout_s", "grade_s", "train_s") if k in record]
-        return f"{' '.join(parts)} | s/step {' '.join(phases)}"
+            self.bar.set_postfix({k: record[k] for k in SHOWN if record.get(k) is not None})
 
     def close(self):
         if self.file:

@@ -37,7 +37,7 @@ from records import STOP, Exact, InputError, Share, explain, nearest, write_text
 class Stream(IntEnum):
     """Who draws random numbers: numpy's default_rng([seed, stream, ...]), so that no two users share noise.
 
-    Three choices hash instead of drawing: hindsight.pick_valid and autoprompt.split take sha256 of
+    Three choices hash instead of drawing: hindsight.by_hash and autoprompt.split take sha256 of
     "seed:session", and the responses that are audited are drawn by turn and response (grading.sample_graded).
     """
     ROLLOUT = 0  # [seed, 0, position in the stream of turns, sample]: training rollouts

@@ -18,7 +18,6 @@ from the environment and appears nowhere else.
 """
 import asyncio
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -34,7 +33,7 @@ from pydantic import ValidationError
 
 from config import Stream
 from prompts import PROMPTS, apply_template, end_ids, load_prompt, load_tokenizer, text_of
-from records import InputError, explain, identity
+from records import InputError, explain, hash_of, identity
 
 GIVE_UP = 40  # asks in a row that the server left unanswered, retries included: it is down
 
@@ -77,15 +76,14 @@ class Cache:
                              "remove it")
 
     def get(self, what):
-        row = self.db.execute("SELECT text FROM reply WHERE key = ?", (key_of(what),)).fetchone()
+        row = self.db.execute("SELECT text FROM reply WHERE key = ?", (hash_of(what),)).fetchone()
         return row and row[0]
 
     def put(self, what, text):
-        self.db.execute("INSERT OR REPLACE INTO reply VALUES (?, ?)", (key_of(what), text))
+        self.db.execute("INSERT OR REPLACE INTO reply VALUES (?, ?)", (hash_of(what), text))
 
 
-def key_of(what):
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
 
 
 def parse_object(text):

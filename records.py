@@ -61,7 +61,8 @@ WANTED = {"string_type": "a text", "int_type": "a whole number", "int_from_float
           "float_type": "a number", "bool_type": "true or false", "list_type": "a list",
           "dict_type": "an object", "model_type": "an object", "finite_number": "finite",
           "greater_than_equal": "at least {ge:g}", "greater_than": "above {gt:g}",
-          "less_than_equal": "at most {le:g}", "literal_error": "{expected}"}
+          "less_than_equal": "at most {le:g}", "literal_error": "{expected}",
+          "string_pattern_mismatch": 'of the form "slot: value"'}
 
 
 def nearest(name, names, shown=str):
@@ -120,13 +121,10 @@ class Record(Exact):
         return self.model_dump(exclude_unset=True)
 
 
-def without_docstring(schema):
-    schema.pop("description", None)  # a reworded docstring must not make a rerun ask again
-
-
 class Reply(Exact):
     """What a language model replies. The class checks it and gives its JSON schema."""
-    model_config = ConfigDict(json_schema_extra=without_docstring)
+    # Without the docstring: a reworded one must not make a rerun ask again.
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema.pop("description", None))
 
 
 def not_blank(text):
@@ -135,8 +133,7 @@ def not_blank(text):
     return text
 
 
-def whole_number_to_text(value):
-    return str(value) if type(value) is int else value
+
 
 
 def check_score(score):
@@ -174,7 +171,7 @@ class LogMessage(Message):
 class Session(Record):
     """One conversation of a log."""
     model_config = ConfigDict(extra="allow")
-    session_id: Annotated[Text, BeforeValidator(whole_number_to_text)]
+    session_id: Annotated[Text, BeforeValidator(lambda given: str(given) if type(given) is int else given)]
     messages: list[LogMessage] = Field(min_length=1)
     goal: str | None = None  # what the expert is after; wins over data.goal
     diagn: Any = None  # the diagnosis, in RealMedConv; not used
@@ -246,14 +243,7 @@ class GraderAnchor(Record):
 class ExtractorAnchor(Record):
     """The items that a person finds in a session, for Auto-Prompt."""
     session: Session
-    items: list[str]
-
-    @field_validator("items")
-    @classmethod
-    def with_slots(cls, items):
-        if not all(":" in item for item in items):
-            raise ValueError('must be a list of "slot: value" texts')
-        return items
+    items: list[Annotated[str, Field(pattern=":")]]  # "slot: value"
 
 
 # --------------------------------------------------------------------------------------------- items compared
@@ -369,6 +359,11 @@ def write_json(path, obj):
 
 def read_json(path):
     return json.loads(Path(path).read_text("utf-8"))
+
+
+def hash_of(obj):
+    """A hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()
 
 
 def file_hash(path):
