@@ -127,8 +127,8 @@ def grade(turn, responses, judge, verdicts={}):
     """
     once = {}
     for response in dict.fromkeys(responses):
-        asked = needs_grader(turn.decision, response, judge)
-        verdict = verdicts[judge.grader, turn.turn_id, response].result() if asked else None
+        asked = verdicts.get((judge.grader, turn.turn_id, response))
+        verdict = asked and asked.result()
         graded = once[response] = grade_one(turn, response, judge, verdict)
         if why := verdict and verdict.rationale.strip()[:300]:
             graded.rationale = why

@@ -13,7 +13,7 @@ import html
 import json
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -146,8 +146,7 @@ def read_run(folder, name, colour):
     """Read a run folder -> Run. Raises InputError where there is nothing to show."""
     if not any((folder / name).is_file() for name in FILES):
         bad = f"holds none of {', '.join(FILES)}" if folder.is_dir() else "is not a folder"
-        raise InputError(f"{folder} {bad}: name the run_dir of a config that train_grpo.py or eval.py "
-                         "ran with")
+        raise InputError(f"{folder} {bad}: name the run_dir of a run of train_grpo.py or eval.py")
     log, final = folder / "metrics.jsonl", folder / "eval.json"
     lines = []
     if log.is_file():  # of a killed run the last line may be half a line
@@ -168,11 +167,8 @@ def read_run(folder, name, colour):
 
 def read_groups(folder):
     """-> [(turn, {side: its Rollouts})]: before and after training, else some turns of graded.jsonl."""
-    sides, found = {}, {}
-    for when in "before", "after":
-        path = folder / f"groups_{when}.jsonl"
-        if path.is_file():
-            sides[f"{when} training"] = path
+    found, sides = {}, {f"{when} training": path for when in ("before", "after")
+                        if (path := folder / f"groups_{when}.jsonl").is_file()}
     for side, path in sides.items():
         for _, group in read_records(path, Group):
             new = group.turn, dict.fromkeys(sides, ())
@@ -232,9 +228,7 @@ def curves(runs, section, keys, window):
     return traces
 
 
-def swatch(name, colour):
-    """A name and its colour, for a legend."""
-    return f'<span class="key"><i style="background:{colour}"></i><bdi>{esc(name)}</bdi></span>'
+
 
 
 def charts(runs):
@@ -256,8 +250,8 @@ def charts(runs):
             if section == "Training":
                 mode = "normal" if any(min(trace["y"]) < 0 for trace in traces) else "nonnegative"
             axis = {"type": "log"} if "gap" in keys else {"rangemode": mode}
-            boxes += (f'<figure><h3>{title}</h3><div class="plot" id="plot{len(figures)}"></div>'
-                      f'<figcaption>{caption}</figcaption></figure>')
+            boxes += f"""<figure><h3>{title}</h3><div class="plot" id="plot{len(figures)}"></div>
+<figcaption>{caption}</figcaption></figure>"""
             figures.append({"data": traces, "layout": {"yaxis": axis}})
         if boxes:
             page += f'<h2>{section}</h2><p class="note">{note}</p><div class="charts">{boxes}</div>'
@@ -277,9 +271,8 @@ def final_table(runs):
         for _, key, _ in CHARTS["Metrics"]:
             low, high = m.get("intervals", {}).get(key) or (None, None)
             cells += f"<td>{show(m.get(key), '.3f')}<small>{show(low)}–{show(high)}</small></td>"
-        rows += (f'<tr><th><bdi>{esc(run.name)}</bdi><small>{esc(m.get("decoding", "greedy"))}</small></th>'
-                 f'{cells}<td>{show(m.get("n"), "d")}'
-                 f'<small>{show(m.get("failed"), "d")} failed</small></td></tr>')
+        rows += f"""<tr><th><bdi>{esc(run.name)}</bdi><small>{esc(m.get("decoding", "greedy"))}</small></th>
+{cells}<td>{show(m.get("n"), "d")}<small>{show(m.get("failed"), "d")} failed</small></td></tr>"""
     head = "".join(f'<th title="{esc(text)}">{name}</th>' for name, _, text in CHARTS["Metrics"])
     return rows and f"""<div class="scroll"><table class="final"><tr><th>final evaluation</th>{head}
 <th>responses</th></tr>{rows}</table></div>
@@ -297,9 +290,8 @@ def responses(side, graded):
     for g, a in zip(graded, advantages([g.reward for g in graded])):
         cells = [show(value, ".4g") for value in (g.r_a, g.r_s, g.omega, g.reward)]
         cells.append(f"{a:+.2f}" if a else "0")
-        rows += (f'<tr><td><div class="text" dir="auto">{esc(g.response or "(empty)")}</div>'
-                 f'<small class="text" dir="auto">{esc(g.rationale or "")}</small></td>'
-                 f'<td>{"</td><td>".join(cells)}</td></tr>')
+        rows += f"""<tr><td><div class="text" dir="auto">{esc(g.response or "(empty)")}</div><small
+class="text" dir="auto">{esc(g.rationale or "")}</small></td><td>{"</td><td>".join(cells)}</td></tr>"""
     return f"""<section><h4>{side}: mean R {show(mean_reward(graded))}</h4><div class="scroll">
 <table class="responses"><tr><th>response</th><th>R_a</th><th>R_s</th><th>Ω</th><th>R</th><th>A</th></tr>
 {rows}</table></div></section>"""
@@ -320,11 +312,11 @@ def foldable(entries):
     for turn, kinds, end, body in entries:
         kinds = ["all", turn.decision, *kinds]
         counted.update(kinds)
-        page += (f'<details data-kinds="{"|".join(kinds)}"><summary><bdi>{esc(turn.turn_id)}</bdi> '
-                 f'<b>{turn.decision}</b> <bdi class="said">{esc(turn.context[-1].content[:160])}</bdi> '
-                 f'<span>{end}</span></summary><dl>{conversation(turn)}</dl>{body}</details>')
-    buttons = "".join(f'<button data-kind="{kind}" aria-pressed="{str(kind == "all").lower()}">{kind} {n}'
-                      '</button>' for kind, n in counted.items())
+        page += f"""<details data-kinds="{"|".join(kinds)}"><summary><bdi>{esc(turn.turn_id)}</bdi>
+<b>{turn.decision}</b> <bdi class="said">{esc(turn.context[-1].content[:160])}</bdi>
+<span>{end}</span></summary><dl>{conversation(turn)}</dl>{body}</details>"""
+    buttons = "".join(f"""<button data-kind="{kind}"
+aria-pressed="{str(kind == "all").lower()}">{kind} {n}</button>""" for kind, n in counted.items())
     return f'<p class="filter">{buttons}</p>{page}'
 
 
@@ -343,8 +335,14 @@ decision, I* what was still to be learned.</p>{foldable(entries)}"""
 
 # ------------------------------------------------------------------------------------------------- the page
 
+def write_page(out, **parts):
+    """Fill in the page and write it, whole or not at all. Parts that are not named are empty. -> its path"""
+    write_text(out, PAGE.substitute(defaultdict(str, parts, made=f"{datetime.now():%Y-%m-%d %H:%M}")))
+    return out
+
+
 def write(paths, out=None):
-    """Read the runs and write the page, whole or not at all. -> its path"""
+    """Read the runs and write their page. -> its path"""
     folders = list(dict.fromkeys(Path(path).resolve() for path in paths))
     several = len(folders) > 1
     parent = Path(os.path.commonpath([folder.parent for folder in folders]))
@@ -358,19 +356,19 @@ def write(paths, out=None):
     if figures and not plotly:
         sections, figures = NO_CURVES, []
     names = [esc(run.name) for run in runs]
-    swatches = [swatch(run.name, run.colour) for run in runs]
+    swatches = [f'<span class="key"><i style="background:{run.colour}"></i><bdi>{name}</bdi></span>'
+                for run, name in zip(runs, names)]
     files = ", ".join(f"<bdi><code>{name}/report.html</code></bdi>" for name in names)
-    write_text(out, PAGE.substitute(
+    return write_page(
+        out,
         title=", ".join(names),
-        made=f"{datetime.now():%Y-%m-%d %H:%M}",
         runs="".join(f"<li>{mark} {esc(run.about)}</li>" for mark, run in zip(swatches, runs)),
         table=final_table(runs),
         legend=f'<div class="legend">{"".join(swatches)}</div>' if several and figures else "",
         charts=sections,
         groups=ELSEWHERE.format(files) if several else groups(folders[0]),
         plotly=plotly,
-        figures=json.dumps(figures, allow_nan=False).replace("<", "\\u003c")))
-    return out
+        figures=json.dumps(figures, allow_nan=False).replace("<", "\\u003c"))
 
 
 def write_turns(out, told, turns, strange):
@@ -379,15 +377,11 @@ def write_turns(out, told, turns, strange):
     told: what hindsight.py says of the logs. strange: {turn_id: why}.
     """
     first = sorted(turns, key=lambda turn: turn.turn_id not in strange)[:TURNS]
-    entries = []
-    for turn in first:
-        why = strange.get(turn.turn_id, "")
-        entries.append((turn, ["strange"] * bool(why), esc(why), ""))
-    empty = dict.fromkeys("runs legend charts plotly".split(), "")
-    write_text(out, PAGE.substitute(
-        empty, title=f"{len(first)} of {len(turns)} training turns", made=f"{datetime.now():%Y-%m-%d %H:%M}",
-        table=f'<div class="scroll"><pre>{esc(told)}</pre></div>', groups=foldable(entries), figures="[]"))
-    return out
+    entries = [(turn, ["strange"] * (turn.turn_id in strange), esc(strange.get(turn.turn_id, "")), "")
+               for turn in first]
+    return write_page(
+        out, title=f"{len(first)} of {len(turns)} training turns", figures="[]",
+        table=f'<div class="scroll"><pre>{esc(told)}</pre></div>', groups=foldable(entries))
 
 
 def main():

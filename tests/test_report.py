@@ -400,7 +400,7 @@ def test_command_line_and_errors(tmp_path, call, refused, capsys):
     (tmp_path / "empty" / "config.yaml").touch()
     for name, says in (("nowhere", "is not a folder"), ("empty", "holds none of metrics.jsonl")):
         error = refused(report, tmp_path / name)
-        assert f"{name} {says}" in error and error.endswith("that train_grpo.py or eval.py ran with")
+        assert f"{name} {says}" in error and error.endswith("of a run of train_grpo.py or eval.py")
     grpo(tmp_path / "run", steps=2)
     with pytest.raises(InputError, match="nowhere"):
         report.write([tmp_path / "run", tmp_path / "nowhere"])
