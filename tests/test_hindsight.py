@@ -334,7 +334,8 @@ def test_an_unlikely_share_of_stops_is_told(tmp_path, capsys, going_on, stops, t
 @pytest.mark.parametrize("more, says", [
     ([], "data.logs is not set"), (["data.logs=nowhere.jsonl"], "no such file: nowhere.jsonl"),
     (["hindsight.source=rules", "data.logs=x"], "data.lexicon is not set"),
-    (["data.lexicon=none.yaml", "data.logs=x"], "lexicon none.yaml cannot be read"),
+    (["hindsight.source=rules", "data.lexicon=none.yaml", "data.logs=x"], "lexicon none.yaml cannot be read"),
+    (["data.lexicon=none.yaml", "data.logs=x"], "no such file: x"),  # annotations need none
     (["hindsight.stop_rul=paper"], "did you mean 'hindsight.stop_rule'")])
 def test_what_the_command_line_says(tmp_path, more, says):
     with pytest.raises(InputError) as error:
