@@ -1,12 +1,15 @@
 """logs.py and what hindsight.py does with it: files of any form, other fields and roles, the held-out share."""
 import json
+import re
 import sys
 
+import numpy as np
 import pytest
 
 import config
 import hindsight
 import logs
+from prompts import load_turns
 from records import InputError
 from world import make_config, read_lines, write_lines
 
@@ -163,3 +166,87 @@ def test_split_and_valid_sessions_divide_the_turns(tmp_path, call):
     assert len(found["valid"]) == 5 and sum(map(len, found.values())) == 40
     assert found["eval"] == {s.session_id for s in hindsight.sessions(cfg)[1]}
     assert not (tmp_path / "run" / "turns").exists()  # the turns are where data.turns says
+
+
+# --------------------------------------------------------------------------------------- what hindsight.py shows
+
+def logged(i, *said):
+    """A session of user and expert by turns; "slot=value" after " / " is learned, a slot after it is asked."""
+    messages = []
+    for k, line in enumerate(said):
+        text, _, note = line.partition(" / ")
+        slot, _, value = note.partition("=")
+        notes = {"learned": {slot: value} if slot else {}} if k % 2 == 0 else {"asks": [slot] if slot else []}
+        messages.append({"role": ("user", "assistant")[k % 2], "content": text, **notes})
+    return {"session_id": str(i), "goal": "g", "messages": messages}
+
+
+def shown(tmp_path, capsys, *overrides, rows=None):
+    """hindsight.py on a few sessions -> what it prints."""
+    rows = rows or [*(logged(i, "a cough / symptom=cough", "How long? / duration", "a week / duration=week",
+                             "Take this.") for i in range(5)),
+                    logged(7, "a rash / symptom=rash", "Hm.", "a week / duration=week", "Is it red? / colour",
+                           "yes / colour=yes", "Any pets? Bye."),
+                    logged(8, "hello", "What is it?", "a cold / symptom=cold", "OK.")]
+    path = write_lines(tmp_path / "log.jsonl", rows)
+    load(tmp_path)
+    hindsight.main([str(tmp_path / "c.yaml"), f"data.logs={path}", "hindsight.generic=[colour]", *overrides])
+    return capsys.readouterr().out
+
+
+def test_the_table_of_slots_and_the_strange_turns(tmp_path, capsys):
+    out = shown(tmp_path, capsys)
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in out.splitlines() if line[:1] == "|"}
+    assert [list(map(int, rows[slot])) for slot in ("symptom", "duration", "colour")] == [
+        [7, 0, 1, 0], [6, 5, 6, 0], [1, 1, 0, 1]]  # revealed, asked for, in I*, generic
+    assert "  continue turns by the size of I* (mean 1.00): 7 of 1\n" in out
+    strange = [line for line in out.splitlines() if "strange:" in line]
+    assert [line for line in strange if "expert asks nothing: 'a rash' -> 'Hm.', I* ['duration: week']" in line]
+    assert [line for line in strange if "s* is stop, the expert asks on: 'a week' -> 'Is it red?', I* []" in line]
+    assert len(strange) == 4 + 1 + 2  # the largest I*; asks nothing; asks on, also at the end
+
+
+def test_the_page_of_turns(tmp_path, capsys):
+    rows = [logged(i, "<b>cough</b> / symptom=cough", "How long? / duration", "a week / duration=week", "Ok.")
+            for i in range(200)]
+    assert f"wrote {tmp_path / 'run' / 'turns' / 'turns.html'}" in shown(tmp_path, capsys, rows=rows)
+    text = (tmp_path / "run" / "turns" / "turns.html").read_text()
+    assert "<h1>300 of 400 training turns</h1>" in text and text.count("<details") == 300
+    assert text.index('"all|continue|strange"') < text.index('"all|stop"') and "strange 4</button>" in text
+    assert "&lt;b&gt;cough" in text and "<b>cough" not in text and "| duration |" in text
+
+
+def test_marks_of_a_person(tmp_path, capsys):
+    """They are counted where the turn is still the same; the file stays; the interval is Jeffreys'."""
+    out = shown(tmp_path, capsys, "hindsight.sample=10")
+    path = tmp_path / "run" / "turns" / "marks.jsonl"
+    assert f"wrote {path}: replace null by true or false" in out
+    marks = read_lines(path)
+    assert len(marks) == 10 and len({m["turn_id"] for m in marks}) == 10
+    assert all(m["target_right"] is m["decision_right"] is None for m in marks)
+    for i, mark in enumerate(marks):
+        mark |= {"target_right": i > 0, "decision_right": True if i < 4 else None}
+    marks[-1]["target"] = ["no: longer so"]
+    write_lines(path, marks)
+    before = path.read_bytes()
+    out = shown(tmp_path, capsys, "hindsight.sample=3")
+    assert path.read_bytes() == before
+    p = np.linspace(0, 1, 200_001)[1:-1]
+    mass = np.cumsum(p ** (8 - 0.5) * (1 - p) ** (1 - 0.5))
+    low, high = (p[np.searchsorted(mass, q * mass[-1])] for q in (0.025, 0.975))
+    assert f"{path}: target_right at 8 of 9 marked turns (95% interval " in out
+    found = [float(x) for x in re.search(r"8 of 9 .*?(\d+)% to (\d+)%", out).groups()]
+    assert found == pytest.approx([100 * low, 100 * high], abs=1.5)
+    assert "decision_right at 4 of 4 marked turns" in out
+
+
+def test_turns_are_not_shared_by_accident(tmp_path):
+    """data.turns made with other settings are refused like a run's own."""
+    path = write_lines(tmp_path / "log.jsonl", [logged(i, "a / s=1", "B? / s", "c / d=2") for i in range(5)])
+    shared, other = f"data.turns={tmp_path / 'shared'}", tmp_path / "run"
+    load(tmp_path)
+    hindsight.main([str(tmp_path / "c.yaml"), f"data.logs={path}", shared])
+    cfg = load(tmp_path, f"data.logs={path}", shared, f"run_dir={tmp_path / 'another'}")
+    assert len(load_turns(cfg, "train")) == 10 and not (other / "turns").exists()
+    with pytest.raises(InputError, match="shared was made with hindsight.user_end='stop', this config has 'drop'"):
+        load_turns(load(tmp_path, f"data.logs={path}", shared, "hindsight.user_end=drop"), "train")
