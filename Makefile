@@ -60,13 +60,14 @@ table2: rows
 	done
 	$(PY) eval.py --table runs/toy/base $(T2)/original $(T2)/calibrated
 
-# One lexicon for all seeds (a person may edit it); labels, base model and runs of each seed are its own.
+# One lexicon for all seeds (a person may edit that of seed 0); labels, base model and runs of each seed are its own.
 OWN := runs/own$(if $(filter-out 0,$(SEED)),-seed$(SEED))
-OWN_KEYS = "data.logs=$(LOGS)" seed=$(SEED) data.turns=$(OWN)/turns
+OWN_KEYS = "data.logs=$(LOGS)" seed=$(SEED) data.turns=$(OWN)/turns data.lexicon=$(OWN)/lexicon.yaml
 real: .venv/installed
 	@test -n "$(LOGS)" || { echo "error: name your logs: make real LOGS=my.jsonl (docs/walk.md)" >&2; exit 2; }
 	$(PY) hindsight.py configs/own.yaml $(OWN_KEYS) run_dir=$(OWN)
-	test -f runs/own/lexicon.yaml || $(PY) -m corpora.lexicon mine configs/own.yaml $(OWN_KEYS) run_dir=$(OWN)
+	$(if $(filter-out 0,$(SEED)),cp runs/own/lexicon.yaml $(OWN),test -f $(OWN)/lexicon.yaml || \
+		$(PY) -m corpora.lexicon mine configs/own.yaml $(OWN_KEYS) run_dir=$(OWN))
 	$(PY) -m corpora.base configs/own.yaml $(OWN_KEYS) model.path=$(OWN)/base_model
 	$(PY) table1.py configs/own/base.yaml configs/own/sft.yaml --nproc 2 --root $(OWN) $(OWN_KEYS) \
 		model.path=$(OWN)/base_model
