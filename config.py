@@ -55,8 +55,8 @@ Texts = Annotated[list[str], BeforeValidator(lambda x: [x] * bool(x) if isinstan
 def key(default, help, affects="training", read_by="", **bounds):
     """One config key: its default (copied for each config), its line of help, the products it affects, the
     losses that read it (default: all), and its bounds (ge, gt, le)."""
-    declared = {"affects": affects, "read_by": read_by}
-    return Field(default, description=help, json_schema_extra=declared, **bounds)
+    return Field(default, description=help, **bounds,
+                 json_schema_extra={"affects": affects, "read_by": read_by})
 
 
 class ModelConfig(Exact):
@@ -64,14 +64,13 @@ class ModelConfig(Exact):
         "", "Hugging Face folder or hub id of the base model; the KL reference is the same checkpoint",
         "training scores")
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = key(
-        "auto", "type of the computation (master weights are at least float32); auto: bfloat16 on CUDA, "
-                "float32 on CPU", "training scores reference")
+        "auto", "type of the computation (weights: at least float32); auto: bfloat16 on CUDA, else float32",
+        "training scores reference")
 
 
 class DataConfig(Exact):
     logs: Texts = key(
-        [], "training conversations: a file or a list of files, JSONL or Parquet, or a hub data set with its "
-            "split (hf:OWNER/NAME:train)",
+        [], "training conversations: a list of files (JSON, Parquet) or hub data sets (hf:OWNER/NAME:SPLIT)",
         "turns pairs training")
     eval_logs: Texts = key([], "held-out conversations, likewise", "turns training")
     split: Share = key(
@@ -86,8 +85,8 @@ class DataConfig(Exact):
         "turns pairs training")
     turns: str = key("", "folder of the turns, which runs may share; empty: run_dir/turns", "")
     valid_sessions: NonNegativeInt = key(
-        0, "sessions set aside from the training logs for evaluation during training (0: evaluation during "
-           "training reads the held-out turns)", "turns training")
+        0, "training sessions set aside for evaluation during training (0: that reads the held-out turns)",
+        "turns training")
     goal: str = key("", "what the expert is after; a session's own 'goal' wins", "turns training scores")
     lexicon: str = key("", "lexicon YAML of the rules extractor and the rules grader",
                        "turns pairs training scores")
@@ -101,11 +100,11 @@ class DataConfig(Exact):
 
 class HindsightConfig(Exact):
     source: Literal["llm", "rules", "annotations"] = key(
-        "rules", "where I* comes from: a language model (llm.extractor), the lexicon, or the logs' own "
-                 "'learned' fields", "turns pairs training")
+        "rules", "where I* comes from: llm.extractor, data.lexicon, or the logs' own 'learned' fields",
+        "turns pairs training")
     stop_rule: Literal["paper", "last_turn"] = key(
-        "paper", "paper: stop where I* is empty or at the last point; last_turn: stop only at the last "
-                 "point, a continue with an empty I* is dropped", "turns pairs training")
+        "paper", "paper: stop at an empty I* or the last point; last_turn: an earlier empty I* is dropped",
+        "turns pairs training")
     user_end: Literal["stop", "drop"] = key(
         "stop", "a session that ends on a user utterance: its last point is a stop, or is dropped",
         "turns pairs training")
@@ -113,8 +112,8 @@ class HindsightConfig(Exact):
         [], "slots left out of I* because any context admits them (\"allergies\" means drug allergies too)",
         "turns pairs training scores")
     many_valued: list[str] = key(
-        [], "slots of which a further value is news, as of symptom; of all others it is a correction, which "
-            "is nothing to ask for", "turns pairs training scores")
+        [], "slots of which a further value is news ([symptom]); of all others it corrects, and is no target",
+        "turns pairs training scores")
     end_markers: list[str] = key(
         ["<med_search>", STOP], "an expert's message that is nothing but one of these ends the session",
         "turns pairs training scores")
@@ -190,8 +189,7 @@ class RolloutConfig(Exact):
 
 class TrainKeys(Exact):
     loss: str = key(
-        "grpo", "a name in LOSSES of train_grpo.py (grpo, cispo, gspo, or your own); sft and dpo are the "
-                "losses of train_sft.py and train_dpo.py")
+        "grpo", "grpo, cispo, gspo or your own (train_grpo.py), sft (train_sft.py) or dpo (train_dpo.py)")
     advantage: Literal["std", "mean"] = key(
         "std", "std: (R - mean) / (std + 1e-6) in the group; mean: centred only (Dr.GRPO)", read_by=RL)
     aggregation: Literal["auto", "token", "sequence", "constant"] = key(
@@ -223,11 +221,10 @@ class TrainKeys(Exact):
     steps_per_sync: PositiveInt = key(1, "optimizer steps on rollouts from the same weights", read_by=RL)
     epochs: PositiveInt = key(4, "passes over the training turns")
     steps: NonNegativeInt | None = key(
-        None, "train for exactly so many optimizer steps; null: epochs decide; 0: a row that is only "
-              "evaluated")
+        None, "train for exactly so many optimizer steps; null: epochs decide; 0: the run is only evaluated")
     tokens_per_microbatch: PositiveInt = key(
-        16384, "token budget of one forward pass per rank (one prompt with one response, in DPO one pair, "
-               "may exceed it)", "")
+        16384, "tokens of a forward pass per rank; a prompt with one response (DPO: a pair) may exceed it",
+        "")
     activation_checkpointing: bool = key(
         False, "keep only each layer's input for the backward pass and compute the rest again", "")
     compile: bool = key(False, "torch.compile the layers except attention (a minute or so at the start)", "")
@@ -412,8 +409,7 @@ def flat_tree(tree, where, prefix=""):
         dotted = f"{prefix}{name}"
         if dotted in SECTIONS:
             if not isinstance(value, dict):
-                raise InputError(f"{where}: '{dotted}' is a section, so its value must be a mapping, not "
-                                 f"{value!r}")
+                raise InputError(f"{where}: '{dotted}' is a section: its value is a mapping, not {value!r}")
             found |= flat_tree(value, where, dotted + ".")
         elif dotted in FIELDS:
             found[dotted] = value, where
@@ -481,8 +477,7 @@ def load(argv, doc=None, may_plan=False):
         print(help_text(doc), flush=True)
         raise SystemExit(0)
     if not argv or "=" in argv[0]:
-        raise InputError("the first argument is a config file, e.g. configs/toy/grpo.yaml (--help lists "
-                         "every key)")
+        raise InputError("the first argument is a config, as configs/toy/grpo.yaml (--help lists all keys)")
     found = read_yaml(argv[0])
     for arg in argv[1:]:
         name, value = override(arg)
@@ -494,11 +489,10 @@ def load(argv, doc=None, may_plan=False):
 
 
 def help_text(doc):
-    lines = [f"{(doc or '').strip()}\n\nArguments: a YAML file, then key=value overrides. Every key, its "
-             "default and what it does:\n"]
+    lines = [f"{(doc or '').strip()}\n\nArguments: a YAML file, then key=value ... The keys and defaults:\n"]
     for name, field in FIELDS.items():
         value = default(name)
-        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        choices = get_args(field.annotation) if is_text(name) else ()
         of = field.json_schema_extra["read_by"]
         losses = f"{', '.join(of.split())}: " if of and of != RL else ""
         shown = f" ({' | '.join(choices)})" if choices else ""

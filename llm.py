@@ -5,7 +5,7 @@
 
 The sources `rules` and `annotations` need no model (reward.py, hindsight.py). Both sources here give
 
-    future = source.submit(messages, Grade, seed)   # its result: a Grade, or None for a failure
+    future = source.submit(messages, Grade, seed)   # see Ask; its result: a Grade, or None for a failure
     source.drain()                                  # a local model computes now; an endpoint began at submit
 
 where Grade is a class derived from records.Reply: it names the fields, checks them and gives the JSON schema
@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from config import Stream
+from config import Stream, need
 from prompts import PROMPTS, apply_template, end_ids, load_prompt, load_tokenizer, text_of
 from records import InputError, explain, hash_of, identity
 
@@ -48,9 +48,7 @@ def open_source(role, cfg):
     Raises InputError where no model is named, or where model, prompt or cache cannot be used.
     """
     settings = getattr(cfg.llm, role)
-    if not settings.model:
-        raise InputError(f"llm.{role}.model is not set: the name by which the server knows the model, or a "
-                         f"Hugging Face folder")
+    need(cfg, f"llm.{role}.model")
     cache = Cache(cfg.llm.cache or cfg.run_path / "llm_cache.sqlite")
     source = (Endpoint if settings.source == "endpoint" else Local)(role, settings, cfg)
     source.cache, source.tally = cache, Tally()
@@ -72,8 +70,7 @@ class Cache:
             self.db.execute("PRAGMA synchronous=OFF")  # a kill loses nothing; a power cut may
             self.db.execute("CREATE TABLE IF NOT EXISTS reply (key TEXT PRIMARY KEY, text TEXT)")
         except (OSError, sqlite3.Error) as error:
-            raise InputError(f"llm.cache: {path} cannot be used ({error}); name another file or "
-                             "remove it")
+            raise InputError(f"llm.cache: {path} cannot be used ({error}): name another file or remove it")
 
     def get(self, what):
         row = self.db.execute("SELECT text FROM reply WHERE key = ?", (hash_of(what),)).fetchone()
@@ -181,7 +178,7 @@ class Ask:
     context: what the validators of reply_class may read.
     """
 
-    def __init__(self, source, messages, reply_class, seed, context):
+    def __init__(self, source, messages, reply_class, seed=0, context=None):
         self.source, self.reply_class, self.context = source, reply_class, context
         self.result, self.repaired, self.over = None, False, False
         s = source.settings
@@ -215,9 +212,9 @@ class Ask:
         self.repaired = True
         tally.count("repairs")
         if text:  # an empty reply is not shown again
+            wanted = f"That cannot be used: {fault}. Answer again with the JSON object alone."
             messages = [*self.request["messages"], {"role": "assistant", "content": text[:4000]},
-                        {"role": "user", "content": f"That cannot be used: {fault}. Answer again with the "
-                                                    "JSON object alone."}]
+                        {"role": "user", "content": wanted}]
             self.request = {**self.request, "messages": messages}
 
     def end(self, outcome):
@@ -245,14 +242,14 @@ class Endpoint:
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
 
-    def submit(self, messages, reply_class, seed=0, context=None):
-        return asyncio.run_coroutine_threadsafe(self.answer(messages, reply_class, seed, context), self.loop)
+    def submit(self, *question, **more):
+        return asyncio.run_coroutine_threadsafe(self.answer(*question, **more), self.loop)
 
     def drain(self):
         pass
 
-    async def answer(self, *question):
-        ask = Ask(self, *question)
+    async def answer(self, *question, **more):
+        ask = Ask(self, *question, **more)  # here, as the cache belongs to this thread
         while not ask.over:
             ask.take(await self.call(ask))
         return ask.result
@@ -332,14 +329,13 @@ class Local:
         rows = cfg.rollout.max_rows // cfg.rollout.samples  # as many prompts at once as in training
         self.sampling = rollout.Sampling(1, settings.max_tokens, settings.temperature, max_rows=rows)
 
-    def submit(self, messages, reply_class, seed=0, context=None):
+    def submit(self, *question, **more):
         future = Future()
-        self.waiting.append((future, messages, reply_class, seed, context))
+        self.waiting.append((future, Ask(self, *question, **more)))
         return future
 
     def drain(self):
-        waiting, self.waiting = self.waiting, []
-        asks = [(future, Ask(self, *question)) for future, *question in waiting]
+        asks, self.waiting = self.waiting, []
         with self.gathered(self.policy.model):
             while batch := [ask for _, ask in asks if not ask.over]:
                 self.answer(batch)
