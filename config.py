@@ -26,6 +26,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    TypeAdapter,
     ValidationError,
     create_model,
     model_validator,
@@ -392,10 +393,10 @@ def read_yaml(path, seen=()):
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a config is a mapping of keys, not {type(tree).__name__}")
-    bases = tree.pop("base", None) or []
-    bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(b, str) for b in bases):
-        raise InputError(f"{path}: base must be the path of another config, or a list of them, not {bases!r}")
+    try:
+        bases = TypeAdapter(Texts).validate_python(tree.pop("base", None) or [])
+    except ValidationError:
+        raise InputError(f"{path}: base must be the path of another config, or a list of them")
     found = {}
     for base in bases:
         found |= read_yaml(path.parent / base, (*seen, path.resolve()))

@@ -356,8 +356,8 @@ class Tally:
         stops = turns and 1 - going_on / turns
         yield (f"{self.files}: {self.sessions + self.aside.total()} lines, {self.sessions} sessions used, "
                f"{turns} turns ({stops:.1%} stop)")
-        for what, counts in zip(("sessions set aside", "turns dropped", "note"),
-                                (self.aside, self.dropped, self.notes)):
+        for what, counts in {"sessions set aside": self.aside, "turns dropped": self.dropped,
+                             "note": self.notes}.items():
             for kind, count in (+counts).most_common():
                 yield f"  {what}: {count} {kind}"
         if source:
@@ -465,13 +465,12 @@ def divide(ids, data, seed):
     return part
 
 
-def write_checks(path, checks, n):
-    """Write and sum up how far n extractions agree."""
+def write_checks(path, checks):
+    """Write and sum up how far several extractions agree."""
     write_jsonl(path, checks)
     mean = fmean([check["f1"] for check in checks if check["f1"] is not None] or [0])
     alike = sum(check["same_decision"] for check in checks)
-    print(f"self-check over {n} extractions: mean F1 of I* {mean:.3f}, "
-          f"the same s* at {alike} of {len(checks)} turns; {path}")
+    print(f"{path}: mean F1 of I* {mean:.3f}, the same s* at {alike} of {len(checks)} turns")
 
 
 # ------------------------------------------------------------------------------------ for a person to look at
@@ -505,8 +504,7 @@ def report_marks(path, turns):
         said = [getattr(mark, name) for mark in marks]
         right, wrong = said.count(True), said.count(False)
         low, high = metrics.interval(np.random.default_rng(0).beta(right + 0.5, wrong + 0.5, 10_000))
-        print(f"{path}: {name} at {right} of {right + wrong} marked turns (95% interval {low:.0%} to "
-              f"{high:.0%})")
+        print(f"{path}: {name} at {right} of {right + wrong} turns (95% interval {low:.0%} to {high:.0%})")
 
 
 def show(cfg, told):
@@ -561,7 +559,7 @@ def main(argv=None):
             files[path.name] = file_hash(path)
     write_json(folder / "made.json", {**config.made_with(cfg, "turns"), "files": files})
     if checks:
-        write_checks(folder / "self_check.jsonl", checks, cfg.hindsight.self_check)
+        write_checks(folder / "self_check.jsonl", checks)
     show(cfg, train.told)
 
 

@@ -211,13 +211,11 @@ class Rollout(Record):
     @model_validator(mode="after")
     def consistent(self):
         if self.r_s != (self.truth == self.decision):
-            raise ValueError(f"r_s is {self.r_s} though truth is {self.truth!r} and decision "
-                             f"{self.decision!r}")
+            raise ValueError(f"r_s is {self.r_s}, but truth {self.truth!r} and decision {self.decision!r}")
         if not self.truth == self.decision == "continue":
             for name in ("r_a", "omega"):
                 if getattr(self, name) is None:
-                    raise ValueError(f"{name} is null, but only a grading where truth and decision are both "
-                                     "continue can have failed")
+                    raise ValueError(f"{name} is null, but truth and decision are not both continue")
         return self
 
 
@@ -384,8 +382,7 @@ def lock(folder, name=".lock"):
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise InputError(f"{folder} is in use by {path.read_text()}: wait until it ends, end it, or choose "
-                         "another run_dir")
+        raise InputError(f"{folder} is in use by {path.read_text()}: wait, end it, or choose another run_dir")
     path.write_text(f"process {os.getpid()} ({' '.join(sys.argv)})")
     LOCKS[path] = f
 

@@ -199,7 +199,7 @@ def test_a_run_folder_has_one_process_at_a_time(refused, tmp_path, tiny_checkpoi
         for other in others:
             line = refused(other, path, "train.lr=0.5", *["type=grader"] * (other == autoprompt))
             where = (run / lock).resolve().parent
-            check(line, f"{where} is in use by process {process.pid} ( ... {path}): wait until it ends")
+            check(line, f"{where} is in use by process {process.pid} ( ... {path}): wait, end it")
         process.kill()
     assert not (run / "config.yaml").exists()
     records.lock(run, lock)

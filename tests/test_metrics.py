@@ -241,12 +241,12 @@ def test_table_is_aligned_markdown():
     ({"r_a": True}, "r_a must be a number, not True"),
     ({"omega": 2}, "omega must be at most 1, not 2"),
     ({"r_s": None}, "r_s must be a number, not None"),
-    ({"r_s": 0.0}, "r_s is 0.0 though truth"),
+    ({"r_s": 0.0}, "r_s is 0.0, but truth"),
     ({"truth": "go"}, "truth must be 'continue' or 'stop', not 'go'"),
     ({"decision": None}, "decision must be 'continue' or 'stop', not None"),
     ({"turn_id": 3}, "turn_id must be a text, not 3"),
     ({"response": None}, "response must be a text, not None"),
-    ({"truth": "stop", "decision": "stop", "r_a": None}, "r_a is null, but only")])
+    ({"truth": "stop", "decision": "stop", "r_a": None}, "r_a is null, but truth")])
 def test_a_bad_line_names_file_and_line(tmp_path, change, says):
     good = asked(1.0).dump()
     path = write_lines(tmp_path / "graded.jsonl", [good, {**good, **change}])

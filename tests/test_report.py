@@ -375,7 +375,7 @@ def test_the_header_says_what_the_run_is(tmp_path):
     grpo(tmp_path, steps=2)
     assert "no config.yaml; 2 training steps" in header()
     config.save(make_config(run_dir=str(tmp_path), seed=7, model__path="a base"), tmp_path / "config.yaml")
-    assert "grpo from a base, lr 5e-07, reward product, seed 7; 2 t" in header()
+    assert "grpo from a base, lr 5e-07, R: product, seed 7; 2 t" in header()
     (tmp_path / "config.yaml").write_text("of_another: version")
     assert "2 training steps" in header()
 
