@@ -177,7 +177,7 @@ def test_empty_annotations_change_nothing(tmp_path, config_file, call):
 
 def test_what_is_said_or_revealed_once_is_no_evidence(tmp_path, config_file, call):
     rows = read_lines(tmp_path / "train.jsonl")
-    for row, text, shade in zip(rows, ["Which shade?", "Which shade?", "Paint it how?"], ["red", "red", "blue"]):
+    for row, text, shade in zip(rows[::2], ["Which shade?", "Which shade?", "Paint it how?"], ["red", "red", "blue"]):
         row["messages"] += [asks(text, "colour"), says(shade, colour=shade), says("...", colour=".")]
     write_lines(tmp_path / "train.jsonl", rows)
     call(miner, "mine", config_file)
