@@ -177,12 +177,14 @@ def test_empty_annotations_change_nothing(tmp_path, config_file, call):
 
 def test_what_is_said_or_revealed_once_is_no_evidence(tmp_path, config_file, call):
     rows = read_lines(tmp_path / "train.jsonl")
-    for row, text, shade in zip(rows[::2], ["Which shade?", "Which shade?", "Paint it how?"], ["red", "red", "blue"]):
+    texts = ["Which shade?", "Which shade?", "Paint it how?"]
+    for row, text, shade in zip(rows[::2], texts, ["red", "red", "blue"]):
         row["messages"] += [asks(text, "colour"), says(shade, colour=shade), says("...", colour=".")]
     write_lines(tmp_path / "train.jsonl", rows)
     call(miner, "mine", config_file)
     found = yaml.safe_load((tmp_path / "lexicon.yaml").read_text())
-    assert found["attributes"]["colour"] == {"asks": ["which"], "values": {"red": ["red"]}}
+    colour = found["attributes"]["colour"]
+    assert (colour["asks"], colour["values"]) == (["which"], {"red": ["red"]})
     assert "what's" in found["openers"] and not {"okay", "tell"} & {*found["openers"]}
 
 
