@@ -466,7 +466,8 @@ def places(tmp_path_factory, marks_checkpoint, tiny_checkpoint):
              "OTHER_EXTRACTOR": 'List all. {goal} {generic} {"items": []}', "OTHER_PROMPT": "Other. {goal}",
              "OTHER_LEXICON": yaml.safe_dump(lexicon)}
     with Server(folder / "lexicon.yaml") as server:
-        yield {"CONFIG": str(path), "SERVER": server.url, "OTHER_MODEL": str(tiny_checkpoint), "OTHER_TURNS": str(other),
+        yield {"CONFIG": str(path), "SERVER": server.url, "OTHER_MODEL": str(tiny_checkpoint),
+               "OTHER_TURNS": str(other),
                "LOGS": str(folder / "logs.jsonl"), "OTHER_LOGS": str(folder / "other.jsonl"),
                **{name: write(folder / name, text) for name, text in texts.items()}}
 

@@ -274,7 +274,8 @@ def test_runs_of_one_name_are_seeds_of_a_row(tmp_path, show):
 
 
 @pytest.mark.parametrize("name, values", [
-    ("train.lr", (0.5, 0.25)), ("data.logs", (["a/train.jsonl"], ["b/train.jsonl"])), ("eval.samples", (1, 2))])
+    ("train.lr", (0.5, 0.25)), ("data.logs", (["a/train.jsonl"], ["b/train.jsonl"])),
+    ("eval.samples", (1, 2))])
 def test_runs_of_one_name_that_are_no_seeds_are_not_pooled(tmp_path, refused, name, values):
     runs = [write_run(tmp_path / str(i) / "grpo", {"s": [1.0]}, seed=i, **{name.replace(".", "__"): value})
             for i, value in enumerate(values)]

@@ -1,4 +1,4 @@
-"""logs.py and what hindsight.py does with it: files of any form, other fields and roles, the held-out share."""
+"""logs.py, and what hindsight.py makes of any form of logs, holds out, and shows of what it found."""
 import json
 import re
 import sys
@@ -15,7 +15,8 @@ from world import make_config, read_lines, write_lines
 
 # One conversation under other names, nested ones too, with a message of a third role.
 FOREIGN = {"meta": {"id": 7}, "about": "rashes", "talk": [
-    {"from": "system", "value": "Be kind."}, {"from": "human", "value": "I itch", "notes": {"symptom": "itch"}},
+    {"from": "system", "value": "Be kind."},
+    {"from": "human", "value": "I itch", "notes": {"symptom": "itch"}},
     {"from": "bot", "value": "Where?", "wants": ["place"]},
     {"from": "human", "value": "My arm", "notes": {"place": "arm"}}]}
 OURS = {"session_id": 7, "goal": "rashes", "messages": [
@@ -46,7 +47,8 @@ def test_fields_and_roles_of_other_names(tmp_path):
     (place, row), = logs.rows(load(tmp_path, f"data.logs={path}", *TERMS))
     assert place == f"{path}:1" and without(row, "meta") == OURS
     sessions, held_out = hindsight.sessions(load(tmp_path, f"data.logs={path}", *TERMS))
-    assert [s.session_id for s in sessions] == ["7"] and not held_out and sessions[0].messages[1].asks == ["place"]
+    assert [s.session_id for s in sessions] == ["7"] and not held_out
+    assert sessions[0].messages[1].asks == ["place"]
 
 
 def test_roles_may_change_places(tmp_path):
@@ -78,7 +80,8 @@ def test_several_files_are_one_log(tmp_path, capsys, call):
     call(hindsight, tmp_path / "c.yaml" if load(tmp_path) else None, f"data.logs={files}")
     out = capsys.readouterr().out
     assert f"{paths[1]}:2: set aside: session_id '9' already stands in {paths[0]}:2" in out
-    assert {t["session_id"] for t in read_lines(tmp_path / "run" / "turns" / "train.jsonl")} == {"1", "2", "9"}
+    turns = read_lines(tmp_path / "run" / "turns" / "train.jsonl")
+    assert {turn["session_id"] for turn in turns} == {"1", "2", "9"}
 
 
 BAD = [  # data.logs, other overrides; what the error says
@@ -111,10 +114,12 @@ def test_wrong_input_ends_in_one_line(tmp_path, refused, source, more, says):
 
 def test_a_role_of_another_name_is_told_with_its_key(tmp_path, capsys, refused):
     load(tmp_path)
-    path = write_lines(tmp_path / "log.jsonl", [{"session_id": 1, "messages": [{"role": "expert", "content": ""}]}])
+    row = {"session_id": 1, "messages": [{"role": "expert", "content": ""}]}
+    path = write_lines(tmp_path / "log.jsonl", [row])
     with pytest.raises(InputError):
         hindsight.main([str(tmp_path / "c.yaml"), f"data.logs={path}"])
-    assert "messages.0.role must be 'user' or 'assistant', not 'expert' (see data.roles)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "messages.0.role must be 'user' or 'assistant', not 'expert' (see data.roles)" in out
 
 
 def test_what_needs_datasets_says_so(tmp_path, monkeypatch):
@@ -168,10 +173,10 @@ def test_split_and_valid_sessions_divide_the_turns(tmp_path, call):
     assert not (tmp_path / "run" / "turns").exists()  # the turns are where data.turns says
 
 
-# --------------------------------------------------------------------------------------- what hindsight.py shows
+# ------------------------------------------------------------------------------------- what hindsight.py shows
 
 def logged(i, *said):
-    """A session of user and expert by turns; "slot=value" after " / " is learned, a slot after it is asked."""
+    """A session of user and expert by turns; after " / " stands what is learned ("slot=value") or asked."""
     messages = []
     for k, line in enumerate(said):
         text, _, note = line.partition(" / ")
@@ -201,8 +206,9 @@ def test_the_table_of_slots_and_the_strange_turns(tmp_path, capsys):
         [7, 0, 1, 0], [6, 5, 6, 0], [1, 1, 0, 1]]  # revealed, asked for, in I*, generic
     assert "  continue turns by the size of I* (mean 1.00): 7 of 1\n" in out
     strange = [line for line in out.splitlines() if "strange:" in line]
-    assert [line for line in strange if "expert asks nothing: 'a rash' -> 'Hm.', I* ['duration: week']" in line]
-    assert [line for line in strange if "s* is stop, the expert asks on: 'a week' -> 'Is it red?', I* []" in line]
+    for says in ("expert asks nothing: 'a rash' -> 'Hm.', I* ['duration: week']",
+                 "s* is stop, the expert asks on: 'a week' -> 'Is it red?', I* []"):
+        assert [line for line in strange if says in line]
     assert len(strange) == 4 + 1 + 2  # the largest I*; asks nothing; asks on, also at the end
 
 
@@ -234,10 +240,10 @@ def test_marks_of_a_person(tmp_path, capsys):
     p = np.linspace(0, 1, 200_001)[1:-1]
     mass = np.cumsum(p ** (8 - 0.5) * (1 - p) ** (1 - 0.5))
     low, high = (p[np.searchsorted(mass, q * mass[-1])] for q in (0.025, 0.975))
-    assert f"{path}: target_right at 8 of 9 marked turns (95% interval " in out
+    assert f"{path}: target_right at 8 of 9 turns (95% interval " in out
     found = [float(x) for x in re.search(r"8 of 9 .*?(\d+)% to (\d+)%", out).groups()]
     assert found == pytest.approx([100 * low, 100 * high], abs=1.5)
-    assert "decision_right at 4 of 4 marked turns" in out
+    assert "decision_right at 4 of 4 turns" in out
 
 
 def test_turns_are_not_shared_by_accident(tmp_path):
@@ -248,5 +254,5 @@ def test_turns_are_not_shared_by_accident(tmp_path):
     hindsight.main([str(tmp_path / "c.yaml"), f"data.logs={path}", shared])
     cfg = load(tmp_path, f"data.logs={path}", shared, f"run_dir={tmp_path / 'another'}")
     assert len(load_turns(cfg, "train")) == 10 and not (other / "turns").exists()
-    with pytest.raises(InputError, match="shared was made with hindsight.user_end='stop', this config has 'drop'"):
+    with pytest.raises(InputError, match="shared was made with hindsight.user_end='stop', this config has"):
         load_turns(load(tmp_path, f"data.logs={path}", shared, "hindsight.user_end=drop"), "train")

@@ -255,7 +255,8 @@ def test_the_most_gradings(counted, keys, most):
     assert list(found) == ["llm.grader"] and found["llm.grader"][0] == most
     assert found["llm.grader"][2:] == pytest.approx([most, most / 3600], abs=0.05)
     both = counted(**LLM | keys, reward__audit=0.25)
-    assert both["llm.grader"] == found["llm.grader"] and both["llm.auditor"][0] == pytest.approx(most / 4, abs=0.06)
+    assert both["llm.grader"] == found["llm.grader"]
+    assert both["llm.auditor"][0] == pytest.approx(most / 4, abs=0.06)
 
 
 def test_extraction_is_counted(counted, tiny_tokenizer):

@@ -287,9 +287,10 @@ def test_before_and_after_are_paired_by_turn(tmp_path):
     assert len(table(shown["d"].find(".//section"))) == 1  # not sampled before
     assert texts(tree, "button") == ["all 4", "continue 3", "stop 1", "R fell 1"]
     said = zip(texts(shown["b"], "dt"), texts(shown["b"], "dd"), strict=True)
-    assert list(said) == [("user", "words of b"), ("known", "(nothing)"), ("I*", "(nothing left to learn)"), ("s*", "stop"),
-                          ("expert said", "(nothing more)")]
-    assert texts(shown["a"], "dd") == ["words of a", "(nothing)", "duration: two days", "continue", "Since when?"]
+    assert list(said) == [("user", "words of b"), ("known", "(nothing)"),
+                          ("I*", "(nothing left to learn)"), ("s*", "stop"), ("expert said", "(nothing more)")]
+    assert texts(shown["a"], "dd") == [
+        "words of a", "(nothing)", "duration: two days", "continue", "Since when?"]
     (tmp_path / "groups_after.jsonl").unlink()  # a run under way
     assert [len(texts(d, "section")) for d in page(tmp_path).findall(".//details")] == [1, 1, 1]
 

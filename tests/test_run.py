@@ -248,8 +248,8 @@ def test_a_resume_on_other_examples_is_refused(loss, name, train, refused, tmp_p
 
 
 def test_a_run_starts_from_another(train, refused, order, tmp_path, marks_checkpoint):
-    """train.from: weights and moments are the other run's, the schedule and the data begin anew. A resume reads
-    the run's own checkpoint."""
+    """train.from: weights and moments are the other run's, the schedule and the data begin anew. A resume
+    reads the run's own checkpoint."""
     first, second = (make_baseline(tmp_path / x, marks_checkpoint, "sft", train__lr=1e-2) for x in "ab")
     straight = train(train_sft, first)
     run, begun = first.parent / "run", f"train.from={first.parent / 'run'}"
@@ -266,11 +266,12 @@ def test_a_run_starts_from_another(train, refused, order, tmp_path, marks_checkp
     line = refused(train_sft, second, "train.steps=3", begun, "train.lr=1e-30", "train.weight_decay=0",
                    "reward.mode=product", "model.dtype=float64")
     assert f"choose another run_dir (train.from={second.parent / 'run'} goes on from its weights)" in line
-    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(marks_checkpoint), "other"))
+    settings = run / "config.yaml"
+    settings.write_text(settings.read_text().replace(str(marks_checkpoint), "other"))
     third = make_baseline(tmp_path / "c", marks_checkpoint, "sft")
     for other in (run, tmp_path):
-        assert f"train.from={other} holds no checkpoints of a run with model.path={marks_checkpoint}" in refused(
-            train_sft, third, f"train.from={other}")
+        says = f"train.from={other} holds no checkpoints of a run with model.path={marks_checkpoint}"
+        assert says in refused(train_sft, third, f"train.from={other}")
 
 
 # ------------------------------------------------------------------------------------------------ bad numbers
