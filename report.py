@@ -158,7 +158,8 @@ def read_run(folder, name, colour):
     try:
         c = config.load([str(folder / "config.yaml")])
         if steps:
-            about = f"{c.train.loss} from {c.model.path}, lr {c.train.lr:g}, {c.reward.mode}, seed {c.seed}"
+            t = c.train
+            about = f"{t.loss} from {c.model.path}, lr {t.lr:g}, reward {c.reward.mode}, seed {c.seed}"
     except InputError:
         pass  # there is none, or one of another version; the curves can be shown without it
     return Run(name, colour, steps, evals, result, f"{about}; {len(steps)} training steps")

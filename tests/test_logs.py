@@ -173,7 +173,7 @@ def test_split_and_valid_sessions_divide_the_turns(tmp_path, call):
     assert not (tmp_path / "run" / "turns").exists()  # the turns are where data.turns says
 
 
-# ------------------------------------------------------------------------------------- what hindsight.py shows
+# ----------------------------------------------------------------------------------- what hindsight.py shows
 
 def logged(i, *said):
     """A session of user and expert by turns; after " / " stands what is learned ("slot=value") or asked."""

@@ -288,7 +288,8 @@ def test_before_and_after_are_paired_by_turn(tmp_path):
     assert texts(tree, "button") == ["all 4", "continue 3", "stop 1", "R fell 1"]
     said = zip(texts(shown["b"], "dt"), texts(shown["b"], "dd"), strict=True)
     assert list(said) == [("user", "words of b"), ("known", "(nothing)"),
-                          ("I*", "(nothing left to learn)"), ("s*", "stop"), ("expert said", "(nothing more)")]
+                          ("I*", "(nothing left to learn)"), ("s*", "stop"),
+                          ("expert said", "(nothing more)")]
     assert texts(shown["a"], "dd") == [
         "words of a", "(nothing)", "duration: two days", "continue", "Since when?"]
     (tmp_path / "groups_after.jsonl").unlink()  # a run under way
@@ -376,7 +377,7 @@ def test_the_header_says_what_the_run_is(tmp_path):
     grpo(tmp_path, steps=2)
     assert "no config.yaml; 2 training steps" in header()
     config.save(make_config(run_dir=str(tmp_path), seed=7, model__path="a base"), tmp_path / "config.yaml")
-    assert "grpo from a base, lr 5e-07, R: product, seed 7; 2 t" in header()
+    assert "grpo from a base, lr 5e-07, reward product, seed 7; 2 t" in header()
     (tmp_path / "config.yaml").write_text("of_another: version")
     assert "2 training steps" in header()
 
