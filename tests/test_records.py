@@ -152,3 +152,11 @@ def test_what_needs_no_torch_loads_none():
             "print([name for name in sys.modules if 'torch' in name])")
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_a_reader_that_stops_reading_ends_a_script_quietly():
+    """`--help | head` and the like: no traceback, and no exit code of success for what was not printed."""
+    script = "import records; records.cli(lambda: print(list(range(10 ** 5))))"
+    line = f"{sys.executable} -c '{script}' | head -c 9; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], cwd=REPO, capture_output=True)
+    assert (done.returncode, len(done.stdout), done.stderr) == (141, 9, b"")
