@@ -35,7 +35,7 @@ def open_run(cfg, rank):
         for name in config.changed(cfg, "training", old):
             raise InputError(f"{run} holds a run with {name}={old[name]!r}, this one has "
                              f"{config.flatten(cfg)[name]!r}: choose another run_dir (train.from={run} "
-                             "goes on from its weights), or remove the folder to start afresh")
+                             "goes on from its weights, if model.path is the same), or remove the folder")
     if rank == 0:
         config.save(cfg, path)
 

@@ -528,6 +528,7 @@ def made_with(cfg, product):
             "llm.grader.": role and cfg.reward.grader != "llm",
             "llm.writer.": not (cfg.llm.writer.model if product == "pairs" else t.loss == "dpo"),
             "data.split.": cfg.data.eval_logs,
+            "data.lexicon.": product == "turns" and cfg.hindsight.source == "annotations",
             "seed.": product == "turns" and not cfg.data.valid_sessions,
             "train.steps.": t.schedule == "constant",  # else the learning rate depends on where the end is
             "train.epochs.": t.schedule == "constant"}

@@ -68,6 +68,8 @@ def stages_of(cfg):
 
 def run_row(path, overrides, nproc):
     """Bring one row to its end; a finished one is left as it is. -> its run folder."""
+    if config.read_yaml(path).get("train.steps", [None])[0] == 0:  # a row that never trains stays one
+        overrides = [override for override in overrides if not override.startswith("train.steps=")]
     cfg = config.load([path, *overrides])
     run = cfg.run_path
     lock(run.parent, f".{run.name}.lock")  # the row's scripts each take their own, in the run folder

@@ -278,6 +278,7 @@ ASKED = "hindsight.source=llm reward.grader=llm".split()
 MADE = [  # the product, overrides, the keys that affect it
     ("turns", [], TURNS), ("turns", ASKED, TURNS | role("extractor")), ("reference", ASKED, REFERENCE),
     ("turns", ["data.valid_sessions=1"], TURNS | {"seed"}),
+    ("turns", ["hindsight.source=annotations"], TURNS - {"data.lexicon"}),
     ("turns", ["data.eval_logs=[x, y]"], TURNS - {"data.split"}),
     ("pairs", [], PAIRS), ("pairs", ["llm.writer.model=w"], PAIRS | role("writer")),
     ("scores", [], SCORES), ("scores", [*ASKED, "llm.writer.model=w", "train.schedule=cosine"], SCORES),

@@ -1,4 +1,5 @@
 """The runner of Table 1's rows: which stages it runs, what it does not run again, what it moves aside."""
+import re
 import shutil
 import subprocess
 from types import SimpleNamespace
@@ -64,6 +65,14 @@ def row(tmp_path, tiny_checkpoint, monkeypatch):
     (["train.loss=dpo"], ["hindsight.py", "pairs.py", "train_dpo.py", "eval.py"])])
 def test_the_stages_of_each_row(row, overrides, stages):
     assert row(*overrides, "train.steps_per_sync=1") == stages
+
+
+def test_a_row_that_never_trains_stays_one(row, tmp_path):
+    """Steps for all rows are not for the Base row: a trained model must not stand under its name."""
+    text = (tmp_path / "run.yaml").read_text()
+    (tmp_path / "run.yaml").write_text(re.sub(r"steps: \d+", "steps: 0", text))
+    assert row("train.steps=5", "train.lr=1") == ["hindsight.py", "eval.py"]
+    assert config.load([str(tmp_path / "run.yaml")]).train.steps == 0
 
 
 def test_pairs_that_were_looked_at_are_not_built_again(row):
