@@ -493,12 +493,12 @@ def help_text(doc):
     lines = [f"{(doc or '').strip()}\n\nArguments: a YAML file, then key=value ... The keys and defaults:\n"]
     for name, field in FIELDS.items():
         value = default(name)
-        choices = get_args(field.annotation) if is_text(name) else ()
         of = field.json_schema_extra["read_by"]
         losses = f"{', '.join(of.split())}: " if of and of != RL else ""
-        shown = f" ({' | '.join(choices)})" if choices else ""
+        is_choice = get_origin(field.annotation) is Literal
+        choices = f" ({' | '.join(get_args(field.annotation))})" if is_choice else ""
         lines += [f"  {name} = {'null' if value is None else value}",
-                  f"      {losses}{field.description}{shown}"]
+                  f"      {losses}{field.description}{choices}"]
     return "\n".join(lines)
 
 

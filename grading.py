@@ -46,7 +46,7 @@ class Reasoned(Grade):
 class Judge:
     """What gives the rewards."""
     lexicon: lexicon.Lexicon | None  # None where the rules do not grade and none is named
-    grader: object | None  # the language model's source (llm.py), or None where the rules grade
+    grader: object  # the language model's source (llm.py), or None where the rules grade
     reward: config.RewardConfig
     many_valued: list = ()  # slots, as hindsight.many_valued names them
     garbled: Callable | None = None  # see wording.learn

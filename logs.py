@@ -36,9 +36,10 @@ def raw_rows(source, on_bad):
     path = Path(source)
     if path.is_dir():
         raise InputError(f"{source} is a folder: name its files (corpora/ has readers of public corpora)")
-    if source.startswith("hf:") or path.is_file() and source.endswith(".parquet"):
+    form = path.is_file() and path.suffix
+    if source.startswith("hf:") or form == ".parquet":
         return enumerate(data_set(source), 1)
-    if path.is_file() and source.endswith(".json"):  # one array, or lines after all
+    if form == ".json":  # one array, or lines after all
         try:
             return enumerate(list(json.loads(path.read_bytes())), 1)
         except ValueError:
