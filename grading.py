@@ -174,10 +174,8 @@ def sample_graded(policy, judge, prompts, keys, sampling, desc="rollout"):
         responses = generate(policy.model, [p.tokens for p in mine], policy.ends, sampling,
                              keys[rank::world], on_response)
     sampled = time.perf_counter()
-    if grader:
-        grader.drain()
-    if auditor:
-        auditor.drain()
+    for source in filter(None, (grader, auditor)):
+        source.drain()
     graded, down = [], None
     try:
         for prompt, group in zip(mine, responses):
