@@ -61,7 +61,7 @@ from records import (
 
 SHOWN = 3  # bad lines quoted per reason; the rest are counted
 SLOTS = 30  # rows of the table of slots
-STRANGE = 4  # turns of a kind to look at first
+STRANGE = 5  # turns of a kind to look at first
 FILES = "eval.jsonl train.jsonl valid.jsonl self_check.jsonl".split()
 BAR = "calls cached invalid failed tokens_in tokens_out".split()  # counts of the extractor beside the bar
 
@@ -476,14 +476,14 @@ def write_checks(path, checks):
 # ------------------------------------------------------------------------------------ for a person to look at
 
 def strangest(turns):
-    """-> {turn_id: why} of ten turns to look at first: the largest I*, and where s* and the expert differ."""
-    kinds = {"one of the largest I*": sorted(turns, key=lambda turn: -len(turn.target))}
+    """-> {turn_id: why} of up to ten turns where s* and what the expert did differ."""
+    kinds = defaultdict(list)
     for turn in turns:
         asks_on = lexicon.expects_answer(turn.expert or "")
         if asks_on != (turn.decision == "continue"):
             why = f"s* is {turn.decision}, the expert asks {'on' if asks_on else 'nothing'}"
-            kinds.setdefault(why, []).append(turn)
-    return {turn.turn_id: why for why, found in kinds.items() for turn in found[:STRANGE]}
+            kinds[why].append(turn.turn_id)
+    return {turn_id: why for why, found in kinds.items() for turn_id in found[:STRANGE]}
 
 
 class Mark(Turn):

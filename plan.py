@@ -247,24 +247,21 @@ def table(job):
 
 
 def calls(cfg):
-    """About how much language models are asked -> the lines of a table, none where none is asked.
+    """About how much language models are asked before and in training -> the lines of a table, or none.
 
-    A user's message counts as a turn, each evaluation reads the held-out turns, and a call a whole session.
+    A user's message counts as a turn, a whole session as what a call shows. Evaluations come on top.
     """
-    t, source, grader = cfg.train, cfg.hindsight.source, cfg.reward.grader
-    if "llm" not in (source, grader) and not cfg.reward.audit:
+    t, how, judge = cfg.train, cfg.hindsight, cfg.reward
+    if "llm" not in (how.source, judge.grader) and not judge.audit:
         return
-    train, other = ([str(row) for _, row in logs.rows(cfg, name)] for name in ("logs", "eval_logs"))
-    turns, held_out = ("".join(texts).count("'role': 'user'") for texts in (train, other))
+    texts = [str(row) for name in ("logs", "eval_logs") for _, row in logs.rows(cfg, name)]
+    turns = "".join(texts).count("'role': 'user'")
     steps = t.steps or t.epochs * turns // t.prompts_per_step
-    looks = steps // t.eval_every + 3 if t.eval_every else 1  # at the start and the end too, and by eval.py
-    graded = looks * (cfg.eval.samples + 1) * (held_out or cfg.data.split * turns)
-    if t.loss not in ("sft", "dpo"):
-        graded += steps * t.prompts_per_step * cfg.rollout.samples
-    asks = {"extractor": (source == "llm") * cfg.hindsight.self_check * len(train + other),
-            "grader": (grader == "llm") * graded, "auditor": cfg.reward.audit * graded}
-    cut = load_tokenizer(cfg.model.path).tokenize
-    session = len(cut("".join(train[:50]))) / max(len(train[:50]), 1)
+    graded = steps * t.prompts_per_step * cfg.rollout.samples * (t.loss not in ("sft", "dpo"))
+    asks = {"extractor": (how.source == "llm") * how.self_check * len(texts),
+            "grader": (judge.grader == "llm") * graded, "auditor": judge.audit * graded}
+    cut, shown = load_tokenizer(cfg.model.path).tokenize, texts[:50]
+    session = len(cut("".join(shown))) / max(len(shown), 1)
     yield row("language models, about", ["calls", "M in", "M out", "hours"])
     for name, n in asks.items():
         role = getattr(cfg.llm, name)
@@ -272,7 +269,7 @@ def calls(cfg):
         if n:
             yield row(f"llm.{name}", [f"{x:,.1f}" for x in (
                 n, n * read / 1e6, n * role.max_tokens / 1e6, n / role.concurrency / 3600)])
-    yield "gradings are fewer: wrong decisions, stops and repeated responses are not asked about"
+    yield "gradings: at most, evaluations aside (nobody asks about wrong decisions, stops, repeated responses)"
     yield "hours: if a call takes 1 s, and llm.ROLE.concurrency of them are under way at once"
 
 

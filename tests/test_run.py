@@ -265,7 +265,7 @@ def test_a_run_starts_from_another(train, refused, order, tmp_path, marks_checkp
                           "train.weight_decay=0")) == timeless(lines)
     line = refused(train_sft, second, "train.steps=3", begun, "train.lr=1e-30", "train.weight_decay=0",
                    "reward.mode=product", "model.dtype=float64")
-    assert f"choose another run_dir (train.from={second.parent / 'run'} goes on from its weights)" in line
+    assert f"choose another run_dir (train.from={second.parent / 'run'} goes on from its weights, if" in line
     settings = run / "config.yaml"
     settings.write_text(settings.read_text().replace(str(marks_checkpoint), "other"))
     third = make_baseline(tmp_path / "c", marks_checkpoint, "sft")
