@@ -267,7 +267,7 @@ def calls(cfg):
         role = getattr(cfg.llm, name)
         read = session + len(cut(load_prompt(role.prompt or PROMPTS[name])))
         if n:
-            yield row(f"llm.{name}", [f"{x:,.1f}" for x in (
+            yield row(f"llm.{name}", [f"{x:,.2f}" for x in (
                 n, n * read / 1e6, n * role.max_tokens / 1e6, n / role.concurrency / 3600)])
     yield "gradings: at most, evaluations aside (nobody asks about wrong decisions, stops, repeated responses)"
     yield "hours: if a call takes 1 s, and llm.ROLE.concurrency of them are under way at once"
