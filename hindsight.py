@@ -465,12 +465,7 @@ def divide(ids, data, seed):
     return part
 
 
-def write_checks(path, checks):
-    """Write and sum up how far several extractions agree."""
-    write_jsonl(path, checks)
-    mean = fmean([check["f1"] for check in checks if check["f1"] is not None] or [0])
-    alike = sum(check["same_decision"] for check in checks)
-    print(f"{path}: mean F1 of I* {mean:.3f}, the same s* at {alike} of {len(checks)} turns")
+
 
 
 # ------------------------------------------------------------------------------------ for a person to look at
@@ -559,7 +554,10 @@ def main(argv=None):
             files[path.name] = file_hash(path)
     write_json(folder / "made.json", {**config.made_with(cfg, "turns"), "files": files})
     if checks:
-        write_checks(folder / "self_check.jsonl", checks)
+        mean = fmean([check["f1"] for check in checks if check["f1"] is not None] or [0])
+        alike = sum(check["same_decision"] for check in checks)
+        write_jsonl(folder / "self_check.jsonl", checks)
+        print(f"self-check: mean F1 of I* {mean:.3f}, the same s* at {alike} of {len(checks)} turns")
     show(cfg, train.told)
 
 

@@ -94,8 +94,7 @@ def explain(error):
         return f"{where}{' ' if told.startswith('must') else ': '}{told}" if where else told
     if kind not in WANTED:
         return f"{where}: {fault['msg']}"
-    choices = re.findall(r"'([^']*)'", context.get("expected", ""))
-    hint = nearest(given, choices)
+    hint = nearest(given, re.findall(r"'([^']*)'", context.get("expected", "")))  # the choices of a Literal
     return f"{where} must be {WANTED[kind].format(**context)}, not {shorten(given)}{hint}".strip()
 
 
