@@ -336,6 +336,8 @@ def contradictions(cfg):
         f"hindsight.self_check has no effect with hindsight.source={cfg.hindsight.source}; remove it")
     yield r.mode == "sum" and r.beta != default("reward.beta"), (
         "reward.beta has no effect with reward.mode=sum, which is the product with beta 1; remove it")
+    named = [name for names in cfg.data.roles.values() for name in names]
+    yield len(named) > len(set(named)), f"data.roles names one role twice: {cfg.data.roles}"
     yield t.is_floor > t.is_cap, f"train.is_floor={t.is_floor} is above train.is_cap={t.is_cap}"
     yield len(t.betas) != 2 or not all(0 <= b < 1 for b in t.betas), (
         f"train.betas must be two numbers in [0, 1), not {t.betas!r}")

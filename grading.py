@@ -22,7 +22,7 @@ import parallel
 import reward
 import wording
 from prompts import Prompt, chat, dump, fill_goal, load_turns, spoken, text_of
-from records import Reply, Rollout, Score
+from records import InputError, Reply, Rollout, Score, same, slot_key
 from rollout import Response, Sampling, generate
 
 
@@ -74,6 +74,10 @@ def open_judge(cfg):
         config.need(cfg, "data.lexicon")
         if cfg.reward.wording:
             turns = load_turns(cfg, "train")
+            slots = {same(item)[0] for turn in turns for item in turn.target}
+            if slots and slots.isdisjoint(map(slot_key, lex.attributes)):
+                raise InputError(f"data.lexicon={cfg.data.lexicon} has none of the slots of the turns "
+                                 f"({', '.join(sorted(slots)[:5])}, ...): name that of these logs")
             heard = (m.content for turn in turns for m in turn.context[-2:])
             garbled = wording.learn([turn.expert or "" for turn in turns], heard, lex)
     auditor = cfg.reward.audit and llm.open_source("auditor", cfg)

@@ -122,7 +122,9 @@ def value_text(value):
     if isinstance(value, str) and value.lstrip().startswith("["):
         with suppress(ValueError):
             value = json.loads(value)
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value).strip()
+    if isinstance(value, list):
+        return ", ".join(str(one) for one in value if one is not None)
+    return str(value).strip()
 
 
 def annotated(message):
@@ -130,7 +132,7 @@ def annotated(message):
     if message.role != "user" or not message.learned:
         return []
     return [f"{slot.replace(':', ' ')}: {text}" for slot, value in message.learned.items()
-            if value is not None and (text := value_text(value))]
+            if value is not None and value == value and (text := value_text(value))]  # NaN is not itself
 
 
 def utterances(messages, end_markers=END_MARKERS):
@@ -387,9 +389,9 @@ class Tally:
         if not self.turns:
             raise InputError(f"{self.files} gave no turns: nothing was written (see above; data.fields and "
                              "data.roles tell what your logs call our fields and roles)")
-        if not self.slots["revealed"]:
-            raise InputError(f"{self.files}: no user reveals anything, so all turns would be stops: see what "
-                             f"hindsight.source={how.source} reads (learned, lexicon, extractor)")
+        if not self.wanted:
+            raise InputError(f"{self.files}: all turns would be stops, as no user reveals anything after the "
+                             f"first message: see what hindsight.source={how.source} reads, and data.roles")
 
 
 def usable(cfg, name, tally, goal):
@@ -429,6 +431,10 @@ def build_file(cfg, name, out, extractor, seen):
     how, source, tally = cfg.hindsight, extractor.source, Tally(getattr(cfg.data, name), seen)
     bar = tqdm(usable(cfg, name, tally, extractor.goal), tally.files, unit=" sessions", disable=None)
     for session, readings in extractor.read(bar):
+        if how.source == "annotations" and all(m.learned is None for m in session.messages):
+            tally.aside["without annotations (no message has 'learned')"] += 1
+            tally.add(session, [], [], how.generic)
+            continue
         results = [build_turns(session, items_of, how) for items_of in readings]
         if not results:
             tally.aside["no usable extraction"] += 1
@@ -492,9 +498,12 @@ def report_marks(path, turns):
 
     The 95% interval is Jeffreys', of a binomial proportion.
     """
-    now = {turn.turn_id: (turn.decision, turn.target) for turn in turns}
-    marks = [mark for _, mark in read_records(path, Mark)
-             if now.get(mark.turn_id) == (mark.decision, mark.target)]
+    now = {turn.turn_id: (turn.decision, turn.target, turn.context) for turn in turns}
+    found = {mark.turn_id: mark for _, mark in read_records(path, Mark)}
+    marks = [mark for turn_id, mark in found.items()
+             if now.get(turn_id) == (mark.decision, mark.target, mark.context)]
+    if len(marks) < len(found):
+        print(f"{path}: {len(found) - len(marks)} turns in it are no longer so, and do not count")
     for name in ("target_right", "decision_right"):
         said = [getattr(mark, name) for mark in marks]
         right, wrong = said.count(True), said.count(False)
@@ -542,6 +551,9 @@ def main(argv=None):
             turns |= held_out.turns
             checks += held_out.checks
         made.flush()
+        if not (folder / "made.json").is_file() and any((folder / name).is_file() for name in FILES):
+            raise InputError(f"data.turns: {folder} holds other files of these names ({', '.join(FILES)}), "
+                             "which would be replaced: name another folder, or remove them")
         write_json(folder / "made.json", {"files": {}})  # until the end the files do not belong together
         for name in FILES:
             (folder / name).unlink(missing_ok=True)

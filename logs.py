@@ -10,7 +10,6 @@ Nothing is checked here: hindsight.py does that. Parquet and the hub need the `d
 """
 import hashlib
 import json
-from contextlib import suppress
 from pathlib import Path
 
 from records import InputError, read_jsonl
@@ -36,14 +35,13 @@ def raw_rows(source, on_bad):
     path = Path(source)
     if path.is_dir():
         raise InputError(f"{source} is a folder: name its files (corpora/ has readers of public corpora)")
-    form = path.is_file() and path.suffix
-    if source.startswith("hf:") or form == ".parquet":
+    if source.startswith("hf:") or path.is_file() and source.endswith(".parquet"):
         return enumerate(data_set(source), 1)
-    if form == ".json":  # one array, or lines after all
+    if path.is_file() and open(path, "rb").read(1) == b"[":
         try:
-            return enumerate(list(json.loads(path.read_bytes())), 1)
-        except ValueError:
-            pass
+            return enumerate(json.loads(path.read_bytes()), 1)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{source} begins like one JSON array, but is none ({error})")
     return read_jsonl(path, on_bad)
 
 
@@ -62,27 +60,39 @@ def renamed(row, fields):
 
 def in_our_terms(row, data):
     """A row with our names of fields and roles, without messages of roles to be ignored. data: cfg.data"""
-    row = renamed(row, data.fields)
+    row, messages = renamed(row, data.fields), []
     role_of = {theirs: ours for ours, names in data.roles.items() for theirs in names}
-    messages = [renamed(message, data.fields) for message in row["messages"]]
-    for message in messages:
-        message["role"] = role_of.get(message["role"], message["role"])
-    return row | {"messages": [message for message in messages if message["role"] != "ignore"]}
+    for message in row["messages"]:
+        message = renamed(message, data.fields)
+        ours = role_of.get(message["role"])
+        if ours != "ignore":
+            messages.append(message | {"role": ours or message["role"]})
+    return row | {"messages": messages}
 
 
 def rows(cfg, name="logs", on_bad=lambda place, why: None):
     """Yield (place, row in our format) for each conversation of data.NAME: logs or eval_logs.
 
-    InputError: a file or data set cannot be read at all. on_bad(place, why): a single line is bad.
+    InputError: a file or data set cannot be read at all, or a name in data.fields stands nowhere.
+    on_bad(place, why): a single line is bad.
     """
-    for source in getattr(cfg.data, name):
+    data, missing = cfg.data, set(cfg.data.fields)
+    for source in getattr(data, name):
         try:
             for n, row in raw_rows(source, lambda n, why: on_bad(f"{source}:{n}", why)):
-                with suppress(AttributeError, KeyError, TypeError):  # a malformed row is for hindsight.py
-                    row = in_our_terms(row, cfg.data)
-                yield f"{source}:{n}", row
+                place = f"{source}:{n}"
+                try:
+                    if data.fields or data.roles or not isinstance(row, dict):
+                        row = in_our_terms(row, data)
+                        missing.difference_update(row, *row["messages"])
+                except (AttributeError, KeyError, TypeError) as error:
+                    on_bad(place, f"no object, or not as data.fields says ({error!r})")
+                    continue
+                yield place, row
         except InputError as error:
             raise InputError(f"data.{name}: {error}")
+    for ours in missing if getattr(data, name) else ():
+        raise InputError(f"data.{name}: nothing stands under data.fields.{ours}={data.fields[ours]}")
 
 
 def is_held_out(session_id, data):

@@ -256,6 +256,8 @@ def calls(cfg):
         return
     texts = [str(row) for name in ("logs", "eval_logs") for _, row in logs.rows(cfg, name)]
     turns = "".join(texts).count("'role': 'user'")
+    if not turns:
+        raise InputError("data.logs holds no message of a user (see data.fields and data.roles)")
     steps = t.steps or t.epochs * turns // t.prompts_per_step
     graded = steps * t.prompts_per_step * cfg.rollout.samples * (t.loss not in ("sft", "dpo"))
     asks = {"extractor": (how.source == "llm") * how.self_check * len(texts),
@@ -269,7 +271,7 @@ def calls(cfg):
         if n:
             yield row(f"llm.{name}", [f"{x:,.2f}" for x in (
                 n, n * read / 1e6, n * role.max_tokens / 1e6, n / role.concurrency / 3600)])
-    yield "gradings: at most, evaluations aside (nobody asks about wrong decisions, stops, repeated responses)"
+    yield "gradings: at most, evaluations aside (wrong decisions, stops and repeats are not asked about)"
     yield "hours: if a call takes 1 s, and llm.ROLE.concurrency of them are under way at once"
 
 

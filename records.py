@@ -45,7 +45,7 @@ def cli(main):
     except BrokenPipeError:  # whoever read the output, say `head`, wants no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except InputError as error:
+    except (InputError, OSError) as error:
         for bar in list(getattr(tqdm, "_instances", ())):  # else the line would stand amid the bars
             bar.close()
         if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -317,7 +317,7 @@ def test_logs_in_which_nobody_reveals_anything_are_refused(tmp_path, capsys, typ
     out, err = capsys.readouterr()
     assert f"  note: 12 times the unknown key '{typed}'{hint}\n" in out and "diagn" not in out
     assert "  note: 3 times the unknown key 'gaol'; did you mean 'goal'?\n" in out
-    assert err.startswith(f"error: {logs}: no user reveals anything") and len(err.splitlines()) == 1
+    assert err.startswith(f"error: {logs} gave no turns: nothing was written") and len(err.splitlines()) == 1
     assert end.value.code == 2 and files(tmp_path) == {".lock"}
 
 

@@ -5,13 +5,15 @@ import sys
 
 import numpy as np
 import pytest
+import yaml
 
 import config
+import grading
 import hindsight
 import logs
 from prompts import load_turns
-from records import InputError
-from world import make_config, read_lines, write_lines
+from records import InputError, Session
+from world import make_config, make_lexicon, read_lines, write_lines
 
 # One conversation under other names, nested ones too, with a message of a third role.
 FOREIGN = {"meta": {"id": 7}, "about": "rashes", "talk": [
@@ -58,11 +60,15 @@ def test_roles_may_change_places(tmp_path):
 
 
 @pytest.mark.parametrize("row", [{"session_id": 1}, {"messages": None}, {"messages": ["Hi"]},
-                                 {"messages": [{"content": "no role"}]}, {"messages": [{"role": ["user"]}]}])
-def test_a_malformed_row_is_left_for_the_check(tmp_path, row):
-    path = write_lines(tmp_path / "log.jsonl", [row])
-    (_, found), = read(path, data__roles={"user": ["human"]})
-    assert found == row
+                                 {"messages": [{"content": "no role"}]}, {"messages": [{"role": ["user"]}]},
+                                 {"messages": [], "meta": "text"}])
+def test_a_malformed_row_is_bad_where_it_is_mapped_and_else_left_for_the_check(tmp_path, row):
+    path, bad = write_lines(tmp_path / "log.jsonl", [row]), []
+    assert [found for _, found in read(path)] == [row]
+    mapped = make_config(data__logs=[str(path)], data__roles={"user": ["human"]}, data__fields={"goal": "meta.x"})
+    with pytest.raises(InputError, match="data.logs: nothing stands under data.fields.goal=meta.x"):
+        list(logs.rows(mapped, "logs", lambda place, why: bad.append((place, why))))
+    assert [place for place, _ in bad] == [f"{path}:1"] and "not as data.fields says" in bad[0][1]
 
 
 @pytest.mark.parametrize("name, text", [
@@ -92,20 +98,24 @@ BAD = [  # data.logs, other overrides; what the error says
     ("FILE", "data.fields={session: id}", "data.fields.session"),
     ("FILE", "data.roles={human: user}", "data.roles.human"),
     ("FILE", "data.split=2", "data.split must be at most 1"),
-    ("FILE", "data.fields={session_id: id}", "gave no turns: nothing was written (see above; data.fields and "
-     "data.roles tell what your logs call our fields and roles)"),
+    ("FILE", "data.fields={session_id: id}", "data.logs: nothing stands under data.fields.session_id=id"),
+    ("FILE", "data.roles={assistant: bot, ignore: [x, bot]}", "data.roles names one role twice"),
+    ("TORN", "", "begins like one JSON array, but is none"), ("NUMBERS", "", "gave no turns"),
+    ("SWAPPED", "data.roles={user: assistant, assistant: user}", "all turns would be stops"),
     ("FILE", "data.split=1", "data.split=1.0 and data.valid_sessions=0 leave none of 1 sessions for "
      "turns/train.jsonl: change them"),
     ("FILE", "data.split=1e-9", "for turns/eval.jsonl: change them"),
     ("EMPTY", "", "gave no turns"), ("ROLES", "", "gave no turns"),
-    ("PLAIN", "", "no user reveals anything, so all turns would be stops")]
+    ("PLAIN", "", "gave no turns: nothing was written (see above; data.fields and data.roles tell what your logs "
+     "call our fields and roles)")]
 
 
 @pytest.mark.parametrize("source, more, says", BAD)
 def test_wrong_input_ends_in_one_line(tmp_path, refused, source, more, says):
     load(tmp_path)
     files = {"FILE": [OURS], "EMPTY": [], "ROLES": [FOREIGN | OURS | {"messages": FOREIGN["talk"]}],
-             "PLAIN": [OURS | {"messages": [without(m, "learned", "asks") for m in OURS["messages"]]}]}
+             "PLAIN": [OURS | {"messages": [without(m, "learned", "asks") for m in OURS["messages"]]}],
+             "TORN": ["[{}, {"], "NUMBERS": ["[1, 2]"], "SWAPPED": [OURS]}
     if source in files:
         source = write_lines(tmp_path / "log.jsonl", files[source])
     assert says in refused(hindsight, tmp_path / "c.yaml", f"data.logs={source}", *filter(None, [more]))
@@ -240,6 +250,7 @@ def test_marks_of_a_person(tmp_path, capsys):
     p = np.linspace(0, 1, 200_001)[1:-1]
     mass = np.cumsum(p ** (8 - 0.5) * (1 - p) ** (1 - 0.5))
     low, high = (p[np.searchsorted(mass, q * mass[-1])] for q in (0.025, 0.975))
+    assert f"{path}: 1 turns in it are no longer so, and do not count" in out
     assert f"{path}: target_right at 8 of 9 turns (95% interval " in out
     found = [float(x) for x in re.search(r"8 of 9 .*?(\d+)% to (\d+)%", out).groups()]
     assert found == pytest.approx([100 * low, 100 * high], abs=1.5)
@@ -256,3 +267,43 @@ def test_turns_are_not_shared_by_accident(tmp_path):
     assert len(load_turns(cfg, "train")) == 10 and not (other / "turns").exists()
     with pytest.raises(InputError, match="shared was made with hindsight.user_end='stop', this config has"):
         load_turns(load(tmp_path, f"data.logs={path}", shared, "hindsight.user_end=drop"), "train")
+
+
+def test_sessions_without_annotations_teach_no_stops(tmp_path, capsys):
+    """In half annotated logs they are set aside and counted; `learned: {}` says that nothing is revealed."""
+    plain = logged(20, "a cough", "How long?", "a week", "Ok.")
+    plain["messages"] = [without(m, "learned", "asks") for m in plain["messages"]]
+    full = [logged(i, "a cough / symptom=cough", "How long? / duration", "a week / duration=week", "Ok.")
+            for i in range(3)]
+    out = shown(tmp_path, capsys, rows=[*full, plain, logged(30, "hello", "Bye.")])
+    assert "sessions set aside: 1 without annotations (no message has 'learned')" in out
+    ids = {turn["session_id"] for turn in read_lines(tmp_path / "run" / "turns" / "train.jsonl")}
+    assert ids == {"0", "1", "2", "30"}
+
+
+def test_what_is_no_value_reveals_nothing():
+    """null, NaN (an empty cell of a table) and null in a list."""
+    said = Session(session_id="s", messages=[{"role": "user", "content": "x", "learned": {
+        "a": None, "b": float("nan"), "c": ["two", None], "d": [None], "e": 0}}])
+    assert hindsight.utterances(said.messages)[0].learned == ["c: two", "e: 0"]
+
+
+def test_files_that_are_not_turns_are_not_replaced(tmp_path, refused):
+    path = write_lines(tmp_path / "train.jsonl", [OURS])
+    before = path.read_bytes()
+    load(tmp_path)
+    says = refused(hindsight, tmp_path / "c.yaml", f"data.logs={path}", f"data.turns={tmp_path}")
+    assert f"{tmp_path} holds other files of these names" in says and path.read_bytes() == before
+
+
+def test_a_lexicon_of_other_logs_is_refused(tmp_path):
+    path = write_lines(tmp_path / "log.jsonl", [logged(i, "a / s=1", "B? / d", "c / d=2") for i in range(5)])
+    for name in ("d", "e"):
+        lexicon = make_lexicon({name: dict(asks=["b"], values={})}, {})
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(lexicon))
+    load(tmp_path)
+    hindsight.main([str(tmp_path / "c.yaml"), f"data.logs={path}"])
+    cfg = load(tmp_path, f"data.logs={path}", f"data.lexicon={tmp_path / 'd.yaml'}")
+    assert grading.open_judge(cfg).lexicon
+    with pytest.raises(InputError, match=r"e.yaml has none of the slots of the turns \(d, ...\)"):
+        grading.open_judge(load(tmp_path, f"data.logs={path}", f"data.lexicon={tmp_path / 'e.yaml'}"))
