@@ -28,7 +28,7 @@ import torch
 import config
 import hindsight
 import model as decoder
-from prompts import apply_template, load_prompt
+from prompts import load_prompt
 from records import STOP, InputError, cli, read_json, write_json
 from rollout import Sampling, generate
 from toy import world
@@ -36,7 +36,7 @@ from toy import world
 NEUTRAL = "A conversation."  # its system prompt
 FEWEST = 50  # training sessions
 STEPS = 1000  # of 800 tokens; fewer where so many documents do not fill them:
-PASSES, DOCUMENTS = 6, 20_000  # conversations and as many exchanges for each session; in all
+COPIES, DOCUMENTS = 12, 20_000  # for each session; in all
 SHAPE = {**world.SHAPE, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
          "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 8192}
 
@@ -48,41 +48,44 @@ def documents(sessions, n, seed):
               for m in hindsight.utterances(session.messages)[:40]] for session in sessions]
     exchanges = [talk[i:i + 2] for talk in talks for i, (role, _) in enumerate(talk) if role == "assistant"]
     if not exchanges:
-        raise InputError("no assistant says anything in these sessions: there is nothing to learn")
+        raise InputError("no training session, or no held-out one, has an expert's message (data.split, "
+                         "data.eval_logs)")
     rng, docs = random.Random(seed), []
-    for i, talk in enumerate(rng.choices(talks, k=n)):
-        said = sum(rng.choices(exchanges, k=1 + len(talk) // 2), []) if i % 2 else talk
+    for i, said in enumerate(rng.choices(talks, k=n)):
+        if i % 2:
+            said = sum(rng.choices(exchanges, k=1 + len(said) // 2), [])
         docs.append([("system", NEUTRAL, 0), *((role, text, i % 2) for role, text in said)])
     return docs
 
 
-def show(model, tokenizer, *parts):
-    """Print the loss on training sessions and on held-out ones, and a reply in one of these."""
-    coded = [[world.encode(doc, tokenizer.encode) for doc in documents(sessions, 60, 0)]
-             for sessions in parts]
-    with torch.no_grad():
-        seen, unseen = (world.next_token_loss(model, docs) for docs in coded)
-    first = hindsight.utterances(parts[1][0].messages)[0].content
-    prompt = apply_template(tokenizer, [{"role": "system", "content": NEUTRAL},
-                                        {"role": "user", "content": first}])
+@torch.no_grad()
+def show(model, tokenizer, sessions, held_out):
+    """Print the loss on documents of training sessions and of held-out ones, and a reply in one of these."""
+    for kind, docs in ("training", sessions), ("held-out", held_out):
+        coded = [world.encode(doc, tokenizer.encode) for doc in docs]
+        print(f"{kind} sessions: loss of a token {world.next_token_loss(model, coded):.2f} nats")
+    opening = held_out[0][:2]
+    prompt, _ = world.encode(opening, tokenizer.encode)
+    prompt += tokenizer.encode("<|im_start|>assistant\n")
     how = Sampling(max_new_tokens=40, temperature=0)
     [[reply]] = generate(model, [prompt], {tokenizer.eos_token_id}, how)
-    print(f"""loss of a token: {seen:.2f} nats in training sessions, {unseen:.2f} in held-out ones
-to {first!r} it replies {tokenizer.decode(reply.tokens)!r}
+    print(f"""to {opening[1][1]!r} it replies {tokenizer.decode(reply.tokens)!r}
 This shows whether the way from these logs to a policy works. It says nothing about large models.""")
 
 
 def make(cfg, steps=STEPS):
     """Write the folder that model.path names. steps: how long it trains at most (fewer in tests)."""
     config.need(cfg, "model.path", "data.logs")
-    out, prompt = Path(cfg.model.path), load_prompt(cfg.data.prompt)
-    sessions, held_out = hindsight.sessions(cfg)
-    if len(sessions) < FEWEST or not held_out:
-        raise InputError(f"{cfg.data.logs}: {len(sessions)} training and {len(held_out)} held-out sessions "
-                         f"with text; {FEWEST} and 1 are needed (data.split, data.eval_logs)")
-    docs = documents(sessions, min(2 * PASSES * len(sessions), DOCUMENTS), cfg.seed)
+    parts = hindsight.sessions(cfg)
+    n = len(parts[0])
+    if n < FEWEST:
+        raise InputError(f"{cfg.data.logs}: {n} training sessions with text; {FEWEST} are needed")
+    docs = documents(parts[0], min(COPIES * n, DOCUMENTS), cfg.seed)
+    shown = [documents(part, 60, 0) for part in parts]
+    prompt, out = load_prompt(cfg.data.prompt), Path(cfg.model.path)
+    made = out / ".made.json"  # a hidden file: an export does not carry it along
     text = f"{docs}{prompt}{cfg.seed}{steps}{SHAPE}"
-    stamp, made = {"made from": hashlib.sha256(text.encode()).hexdigest()}, out / ".made.json"
+    stamp = {"made from": hashlib.sha256(text.encode()).hexdigest()}
     if made.is_file() and read_json(made) == stamp:
         return print(f"{out}: already made")
     if out.exists():
@@ -93,8 +96,8 @@ def make(cfg, steps=STEPS):
         tokenizer.save_pretrained(aside)
         model = world.train_base(docs, tokenizer, Path(aside), cfg.seed, steps, SHAPE)
         decoder.export(model, aside, out)
-    write_json(made, stamp)  # a hidden file: an export does not carry it along
-    show(model, tokenizer, sessions, held_out)
+    write_json(made, stamp)
+    show(model, tokenizer, *shown)
 
 
 def main():

@@ -19,7 +19,7 @@ SESSIONS = [toy.session(0, "train", i) for i in range(70)]
 def make(tmp_path, monkeypatch):
     """make(sessions, *overrides) -> the folder; so short a training that it takes a second."""
     monkeypatch.setattr(base, "SHAPE", {**base.SHAPE, "num_hidden_layers": 2, "hidden_size": 48})
-    monkeypatch.setattr(base, "PASSES", 1)
+    monkeypatch.setattr(base, "COPIES", 2)
 
     def make(sessions=SESSIONS, *overrides, name="base"):
         path, held = tmp_path / "cfg.yaml", {"session_id": "held", "messages": [
@@ -121,8 +121,8 @@ def test_what_a_user_gets_wrong(make, tmp_path):
     blank = [{"session_id": i, "messages": [{"role": "user", "content": " "}]} for i in range(80)]
     with pytest.raises(InputError, match="0 training .* text"):
         make(blank)
-    with pytest.raises(InputError, match="0 held-out"):
+    with pytest.raises(InputError, match="no held-out one"):
         make(SESSIONS, "data.eval_logs=[]")
     alone = [{"session_id": i, "messages": [{"role": "user", "content": "Hello"}]} for i in range(80)]
-    with pytest.raises(InputError, match="no assistant"):
+    with pytest.raises(InputError, match="an expert's message"):
         make(alone)
