@@ -59,14 +59,16 @@ def read(sessions):
 
 
 def runs(text, first=None):
-    """Runs of up to three words of a text; first=1: those with which it begins."""
-    words = lexicon.words(text)
-    return {" ".join(words[i:i + n]) for i in range(len(words))[:first] for n in (1, 2, 3)}
+    """Runs of up to three words without marks between them, as they stand there; first=1: at its beginning."""
+    text = text.lower().replace("’", "'")
+    words = [match.span() for match in lexicon.WORD.finditer(text)]
+    found = {text[start:end] for i, (start, _) in enumerate(words[:first]) for _, end in words[i:i + 3]}
+    return {run for run in found if not re.search(r"[^\w\s'-]", run)}
 
 
 def regex(text):
-    """A regex for a text, whatever marks or spaces stand between its words."""
-    return re.escape(text).replace(r"\ ", r"\W*")
+    """A text as a regex that a person can read."""
+    return re.escape(text).replace(r"\ ", " ")
 
 
 def cues(units, slot=""):
@@ -113,7 +115,7 @@ def mine(sessions):
     generic = attributes.pop("", {"asks": []})
     return HEAD + yaml.safe_dump({
         "requests": cues(requests), "openers": cues(openers), "generic_questions": generic["asks"],
-        "attributes": attributes}, allow_unicode=True, width=108)
+        "attributes": attributes}, allow_unicode=True, width=108, default_flow_style=None)
 
 
 def check(lex, said, seen):

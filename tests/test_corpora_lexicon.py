@@ -61,14 +61,14 @@ def test_a_mined_lexicon(config_file, call, capsys):
     call(miner, "mine", config_file)
     path = config_file.parent / "lexicon.yaml"
     lex, tree = lexicon.load(path), yaml.safe_load(path.read_text())
-    assert tree["requests"] == [r"please\W*give", r"please\W*tell"]
+    assert tree["requests"] == ["please give", "please tell"]
     assert "anything" in tree["generic_questions"]
-    found, here = tree["attributes"], [r"Book\W*a\W*ride\W*\(now\)\."]
+    found, here = tree["attributes"], [r"Book a ride \(now\)\."]
     assert all(found[slot]["goals"] == here for slot in ("name", "days ahead", "destination"))
     assert found["name"]["asks"] == ["name"] and found["arrival"]["asks"] == ["where"]
     assert found["name"]["values"] == {n.lower(): [n.lower()] for n in NAMES} and not found["name"]["yes_no"]
     assert found["days ahead"]["yes_no"] and found["days ahead"]["values"] == {}
-    assert found["destination"]["values"] == {"rome (centre)": [r"rome\W*\(centre\)"]}
+    assert found["destination"]["values"] == {"rome (centre)": [r"rome \(centre\)"]}
     assert {"in", "is", "where"} <= {*tree["openers"]}
     for said, wanted in (("Where to?", ["destination"]), ("Please tell me your name.", ["name"]),
                          ("Please wait for your driver.", []), ("In 9 days?", ["days ahead"])):
@@ -209,7 +209,7 @@ def test_goals_that_hardly_come_back_or_are_missing_are_not_used(tmp_path, confi
 
 
 def test_runs_and_a_script_without_spaces():
-    assert miner.runs("a cup, at 5") >= {"a", "cup", "a cup", "cup at 5"}
+    assert miner.runs("A cup, at 5") == {"a", "cup", "a cup", "at", "5", "at 5"}
     assert miner.runs("A cup of tea", first=1) == {"a", "a cup", "a cup of"}
     chinese = [(miner.runs("多久了"), True)] * 2 + [(miner.runs("久坐了多"), False)] * 2
     assert [bool(re.search(cue, "你多久了")) for cue in miner.cues(chinese)] == [True]
