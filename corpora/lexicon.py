@@ -48,8 +48,9 @@ def read(sessions):
         answer = []
         for m in reversed(s.messages):
             if m.role == "assistant" and m.asks is not None:
-                slots = m.asks or [""] * bool(answer)
-                said.append((i, s.goal, m.content, {slot_key(slot.replace(":", " ")) for slot in slots}))
+                names = m.asks or [""] * bool(answer)
+                slots = {slot_key(name.replace(":", " ")) for name in names}
+                said.append((i, s.goal, m.content, slots))
             answer = [(s.goal, *same(item)) for item in hindsight.annotated(m)]
             revealed += answer
     if not said:
@@ -81,8 +82,11 @@ def cues(units, slot=""):
     for found, wanted in units:
         for run in found:
             score[run] += 1 if wanted else -9
-    best = {max(found, key=lambda run: (score[run], run in slot, -run.count(" "), len(run), run))
-            for found, wanted in units if wanted}
+
+    def rank(run):
+        return score[run], run in slot, -run.count(" "), len(run), run
+
+    best = {max(found, key=rank) for found, wanted in units if wanted}
     return [regex(run) for run in sorted(best) if score[run] > 1]
 
 
@@ -98,8 +102,10 @@ def mine(sessions):
                 requests.append((runs(sentence, 1), requested))
             if has_mark or requested:
                 units.append((goal, slots, runs(sentence)))
-    goals, values = defaultdict(set), Counter((slot, value) for _, slot, value in revealed)
-    for goal, slot, _ in revealed + [(goal, slot, "") for _, goal, _, slots in said for slot in slots]:
+    values = Counter((slot, value) for _, slot, value in revealed)
+    asked = [(goal, slot, "") for _, goal, _, slots in said for slot in slots]
+    goals = defaultdict(set)
+    for goal, slot, _ in revealed + asked:
         goals[slot].add(goal)
     everywhere = {s.goal for s in sessions}
     if 5 * len(everywhere) > len(sessions) or not all(everywhere):  # goals that hardly come back tell nothing
@@ -107,15 +113,18 @@ def mine(sessions):
     attributes = {}
     for slot, here in tqdm(sorted(goals.items()), "slots", disable=None):
         often = {value for (name, value), n in values.items() if name == slot and value and n > 1}
+        there = [(found, slot in slots) for goal, slots, found in units if goal in here]
         attributes[slot] = {
-            "asks": cues([(found, slot in slots) for goal, slots, found in units if goal in here], slot),
+            "asks": cues(there, slot),
             "goals": [*map(regex, sorted(here))] if here < everywhere else [],
             "yes_no": not often.isdisjoint(YES_NO),
             "values": {value: [regex(value)] for value in often - YES_NO}}
     generic = attributes.pop("", {"asks": []})
-    return HEAD + yaml.safe_dump({
-        "requests": cues(requests), "openers": cues(openers), "generic_questions": generic["asks"],
-        "attributes": attributes}, allow_unicode=True, width=108, default_flow_style=None)
+    tree = {"requests": cues(requests),
+            "openers": cues(openers),
+            "generic_questions": generic["asks"],
+            "attributes": attributes}
+    return HEAD + yaml.safe_dump(tree, allow_unicode=True, width=108, default_flow_style=None)
 
 
 def check(lex, said, seen):
@@ -154,7 +163,8 @@ def main():
     said, _ = read(held_out)
     if what == "mine":
         write_text(path, mine(sessions))
-    check(lexicon.load(path), said, {split(m.content) for s in sessions for m in s.messages})
+    seen = {split(m.content) for s in sessions for m in s.messages}
+    check(lexicon.load(path), said, seen)
 
 
 if __name__ == "__main__":

@@ -145,6 +145,18 @@ def test_slots_with_a_colon_are_those_of_the_annotations(tmp_path, config_file, 
     assert found["asks"] == ["seat"] and found["values"] == {"aisle": ["aisle"]}
 
 
+def test_a_slot_that_requests_alone_ask_for(tmp_path, config_file, call):
+    """A question that begins like a request is no evidence against it."""
+    rows = read_lines(tmp_path / "train.jsonl")
+    for row in rows:
+        row["messages"] += [asks("Please name your seat.", "seat"), says("Aisle", seat="aisle"),
+                            asks("Please name your row?", "row"), says("Nine", row="nine")]
+    write_lines(tmp_path / "train.jsonl", rows)
+    call(miner, "mine", config_file)
+    lex = lexicon.load(tmp_path / "lexicon.yaml")
+    assert lexicon.asked("Please name your seat.", lex.at(None)) == ["seat"]
+
+
 def test_logs_without_asks_are_refused(config_file, refused):
     path = config_file.parent / "train.jsonl"
     rows = read_lines(path)
