@@ -60,7 +60,7 @@ def read(sessions):
 
 
 def runs(text, first=None):
-    """Runs of up to three words without marks between them, as they stand there; first=1: at its beginning."""
+    """Runs of up to three words without marks between them, as they stand there; first=1: at the start."""
     text = text.lower().replace("’", "'")
     words = [match.span() for match in lexicon.WORD.finditer(text)]
     found = {text[start:end] for i, (start, _) in enumerate(words[:first]) for _, end in words[i:i + 3]}

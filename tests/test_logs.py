@@ -65,7 +65,8 @@ def test_roles_may_change_places(tmp_path):
 def test_a_malformed_row_is_bad_where_it_is_mapped_and_else_left_for_the_check(tmp_path, row):
     path, bad = write_lines(tmp_path / "log.jsonl", [row]), []
     assert [found for _, found in read(path)] == [row]
-    mapped = make_config(data__logs=[str(path)], data__roles={"user": ["human"]}, data__fields={"goal": "meta.x"})
+    how = dict(data__roles={"user": ["human"]}, data__fields={"goal": "meta.x"})
+    mapped = make_config(data__logs=[str(path)], **how)
     with pytest.raises(InputError, match="data.logs: nothing stands under data.fields.goal=meta.x"):
         list(logs.rows(mapped, "logs", lambda place, why: bad.append((place, why))))
     assert [place for place, _ in bad] == [f"{path}:1"] and "not as data.fields says" in bad[0][1]
@@ -106,8 +107,8 @@ BAD = [  # data.logs, other overrides; what the error says
      "turns/train.jsonl: change them"),
     ("FILE", "data.split=1e-9", "for turns/eval.jsonl: change them"),
     ("EMPTY", "", "gave no turns"), ("ROLES", "", "gave no turns"),
-    ("PLAIN", "", "gave no turns: nothing was written (see above; data.fields and data.roles tell what your logs "
-     "call our fields and roles)")]
+    ("PLAIN", "", "gave no turns: nothing was written (see above; data.fields and data.roles tell what your "
+     "logs call our fields and roles)")]
 
 
 @pytest.mark.parametrize("source, more, says", BAD)
