@@ -50,7 +50,7 @@ class Stream(IntEnum):
 
 
 RL = "grpo cispo gspo"
-Texts = Annotated[list[str], BeforeValidator(lambda x: [x] * bool(x) if isinstance(x, str) else x)]
+Texts = Annotated[list[str], BeforeValidator(lambda x: [x] * bool(x) if isinstance(x, str) else x or [])]
 
 
 def key(default, help, affects="training", read_by="", **bounds):

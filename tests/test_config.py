@@ -379,8 +379,6 @@ seed                   | data.valid_sessions=2                       | 1
 data.logs              |                                             | OTHER_LOGS
 data.eval_logs         |                                             | OTHER_LOGS
 data.split             | data.eval_logs=                             | 0.5
-data.fields            | hindsight.source=annotations                | {learned: nothing}
-data.roles             |                                             | {user: assistant, assistant: user}
 data.turns             |                                             | HERE/elsewhere
 hindsight.sample       |                                             | 2
 data.valid_sessions    |                                             | 1
@@ -412,10 +410,11 @@ def keys_of(table):
 
 
 # What only logs and looks: the trained weights stay the same.
-LOOKS = FREE | {"data.valid_sessions"}
+LOOKS = FREE - {"data.turns"} | {"data.valid_sessions"}
 PLANS = "test_plan.py::test_the_plan_as_printed"
 OPTIONS = "test_plan.py::test_options_that_only_memory_and_time_know_of"
 LONG = "test_prompts.py::test_long_prompts_are_refused_or_left_out"
+LOGGED = "test_logs.py::test_fields_and_roles_of_other_names"
 ROLES = "test_llm.py::test_every_key_of_a_role_acts"
 LOCAL = "test_llm.py::test_source_local_is_a_checkpoint"
 AUDIT = "test_grading.py::test_an_audit_is_logged_and_rewards_nothing"
@@ -427,7 +426,7 @@ ELSEWHERE = {  # what bounds memory or only decides whether to go on: no figure 
     "plan": PLANS, "gpus": PLANS, "gpu_gib": PLANS,
     "reward.max_failed": "test_grading.py::test_a_few_failed_gradings_do_not_stop_training",
     "reward.audit": AUDIT, "llm.auditor.prompt": ROLES, "llm.writer.prompt": ROLES,
-    "train.from": "test_run.py::test_a_run_starts_from_another",
+    "data.fields": LOGGED, "data.roles": LOGGED, "train.from": "test_run.py::test_a_run_starts_from_another",
 } | {f"llm.{role}.{leaf}": LOCAL if leaf == "source" else ROLES for role in prompts.PROMPTS
      for leaf in config.RoleConfig.model_fields if leaf != "prompt"}
 
@@ -449,17 +448,22 @@ def places(tmp_path_factory, marks_checkpoint, tiny_checkpoint):
              for turn in read_lines(run / "turns" / "train.jsonl")]
     write_lines(run / "turns" / "train.jsonl", turns)
     write_lines(run / "turns" / "valid.jsonl", turns[:5])
-    other = folder / "other_turns"
-    other.mkdir()
+    elsewhere = folder / "other_turns"
+    elsewhere.mkdir()
     for name in ("train", "valid", "eval"):
-        write_lines(other / f"{name}.jsonl", turns[5:])
+        write_lines(elsewhere / f"{name}.jsonl", turns[5:])
     write_lines(run / "pairs.jsonl", [dict(turn, chosen="How?", rejected="Red?!") for turn in turns])
-    color = dict(asks=["color"], values={"two": ["red"]})
-    lexicon = make_lexicon({"color": color}, {"cough": ("cough", ["color"])}) | {"goal": "h"}
+    age = dict(asks=["how old"], values={"three": ["three"]})
+    usual = dict(asks=["how long"], values={"two": ["two"]})
+    (folder / "lexicon.yaml").write_text(yaml.safe_dump(make_lexicon(
+        {"duration": usual, "age": age}, {"cough": ("cough", ["duration"])})))
+    other = dict(asks=["color"], values={"two": ["red"]})
+    lexicon = make_lexicon({"duration": other, "age": age}, {"cough": ("cough", ["age"])}) | {"goal": "h"}
     logs = [dict(session_id=i, messages=[
         dict(role="user", content="cough", learned={"sore": "no"}),
         dict(role="assistant", content="How long?"),
-        dict(role="user", content="two days" if i % 2 else "red", learned={"sore": "yes"} if i % 3 else {}),
+        dict(role="user", content="two days, three" if i % 2 else "red, three",
+             learned={"sore": "yes", "age": "3"} if i % 3 else {}),
         dict(role="assistant", content="Anything else?"), dict(role="user", content="no")]) for i in range(6)]
     write_lines(folder / "logs.jsonl", logs)
     write_lines(folder / "other.jsonl", [dict(r, session_id=r["session_id"] + 10) for r in logs[:3]])
@@ -468,7 +472,7 @@ def places(tmp_path_factory, marks_checkpoint, tiny_checkpoint):
              "OTHER_LEXICON": yaml.safe_dump(lexicon)}
     with Server(folder / "lexicon.yaml") as server:
         yield {"CONFIG": str(path), "SERVER": server.url, "OTHER_MODEL": str(tiny_checkpoint),
-               "OTHER_TURNS": str(other),
+               "OTHER_TURNS": str(elsewhere),
                "LOGS": str(folder / "logs.jsonl"), "OTHER_LOGS": str(folder / "other.jsonl"),
                **{name: write(folder / name, text) for name, text in texts.items()}}
 

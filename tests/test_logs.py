@@ -94,7 +94,6 @@ def test_several_files_are_one_log(tmp_path, capsys, call):
 BAD = [  # data.logs, other overrides; what the error says
     ("gone.jsonl", "", "data.logs: no such file: gone.jsonl"),
     ("tests", "", "data.logs: tests is a folder: name its files (corpora/ has readers of public corpora)"),
-    ("hf:owner/name", "", "cannot be read (the forms are FILE.parquet and hf:OWNER/NAME:SPLIT)"),
     ("FILE", "data.eval_logs=gone.jsonl", "data.eval_logs: no such file: gone.jsonl"),
     ("FILE", "data.fields={session: id}", "data.fields.session"),
     ("FILE", "data.roles={human: user}", "data.roles.human"),
@@ -154,6 +153,8 @@ def test_parquet_and_a_data_set(tmp_path):
     assert len(read(f"hf:{folder}:train")) == 2
     with pytest.raises(InputError, match="hf:.*:test cannot be read .* [Uu]nknown split"):
         read(f"hf:{folder}:test")
+    with pytest.raises(InputError, match="cannot be read .the forms are FILE.parquet and hf:OWNER/NAME:SPLIT"):
+        read(f"hf:{folder}")
 
 
 def test_the_held_out_share(tmp_path):
