@@ -54,5 +54,7 @@ def convert(corpus, read):
         except Exception as error:  # a key that is missing, a list where an object should be, ...
             raise InputError(f"{path} is not as {corpus} was published ({error!r}): get it again")
     used = [row for row in rows if row["messages"]]
+    if not used:
+        raise InputError(f"{folder}: none of {len(rows)} sessions asks or reveals anything: is it {corpus}?")
     write_jsonl(out, used)
     print(f"{out}: {len(used)} sessions; left out: {len(rows) - len(used)} that ask and reveal nothing")

@@ -249,6 +249,14 @@ def test_missing(refused, put, tmp_path):
     assert not out.exists()
 
 
+def test_nothing_to_learn(refused, put, tmp_path):
+    put("train/dialogues_001.json", [])
+    put("train/schema.json", [])
+    assert "none of 0 sessions asks or reveals anything: is it sgd?" in refused(
+        sgd, tmp_path / "corpus", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_missing_acts(refused, woz_folder, tmp_path):
     (tmp_path / "corpus/dialog_acts.json").unlink()
     error = refused(multiwoz, tmp_path / "corpus", tmp_path / "out.jsonl")

@@ -153,7 +153,7 @@ def test_parquet_and_a_data_set(tmp_path):
     assert len(read(f"hf:{folder}:train")) == 2
     with pytest.raises(InputError, match="hf:.*:test cannot be read .* [Uu]nknown split"):
         read(f"hf:{folder}:test")
-    with pytest.raises(InputError, match="cannot be read .the forms are FILE.parquet and hf:OWNER/NAME:SPLIT"):
+    with pytest.raises(InputError, match="cannot be read .the forms are FILE.parquet and hf:OWNER/NAME:S"):
         read(f"hf:{folder}")
 
 
