@@ -79,7 +79,8 @@ def save(run, step, model, optimizer, inputs, keep):
     hashes = dict(parallel.all_gather((file.name, file_hash(file))))
     if rank == 0:
         updates = int(next(iter(optimizer.state.values()))["step"])
-        state = {"inputs": inputs, "step": step, "updates": updates, "hashes": hashes}
+        state = {"inputs": inputs, "step": step, "updates": updates, "hashes": hashes,
+                 "shapes": shapes_of(model)}
         write_json(aside / "state.json", {**state, "hash": hash_of(state)})
         shutil.rmtree(out, ignore_errors=True)
         os.replace(aside, out)
@@ -112,9 +113,15 @@ def all_checkpoints(run):
     return sorted(state.parent for state in run.glob("checkpoints/step_*/state.json"))
 
 
+def shapes_of(model):
+    return {name: list(p.shape) for name, p in model.named_parameters()}
+
+
 def load(path, model, optimizer):
     """Fill model and optimizer from a checkpoint written by any number of ranks. -> its state.json"""
     state, files = read_state(path), []
+    if state.get("shapes") != shapes_of(model):
+        raise InputError(f"{path} is of a model of another shape than model.path is now: bring that back")
     for name in state["hashes"]:
         f = safe_open(path / name, "pt")
         files.append((f, json.loads(f.metadata()["offsets"])))

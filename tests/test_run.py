@@ -247,7 +247,7 @@ def test_a_resume_on_other_examples_is_refused(loss, name, train, refused, tmp_p
     assert len(train(SCRIPTS[loss], path, "train.steps=4")) == 4
 
 
-def test_a_run_starts_from_another(train, refused, order, tmp_path, marks_checkpoint):
+def test_a_run_starts_from_another(train, refused, order, tmp_path, make_checkpoint, marks_checkpoint):
     """train.from: weights and moments are the other run's, the schedule and the data begin anew. A resume
     reads the run's own checkpoint."""
     first, second = (make_baseline(tmp_path / x, marks_checkpoint, "sft", train__lr=1e-2) for x in "ab")
@@ -266,6 +266,13 @@ def test_a_run_starts_from_another(train, refused, order, tmp_path, marks_checkp
     line = refused(train_sft, second, "train.steps=3", begun, "train.lr=1e-30", "train.weight_decay=0",
                    "reward.mode=product", "model.dtype=float64")
     assert f"choose another run_dir (train.from={second.parent / 'run'} goes on from its weights, if" in line
+    other = make_checkpoint(num_hidden_layers=1)
+    moved = marks_checkpoint.rename(tmp_path / "moved")
+    shutil.copytree(other, marks_checkpoint)  # the base model was made anew
+    wider = refused(train_sft, make_baseline(tmp_path / "d", marks_checkpoint, "sft"), begun)
+    assert "step_000004 is of a model of another shape than model.path is now" in wider
+    shutil.rmtree(marks_checkpoint)
+    moved.rename(marks_checkpoint)
     settings = run / "config.yaml"
     settings.write_text(settings.read_text().replace(str(marks_checkpoint), "other"))
     third = make_baseline(tmp_path / "c", marks_checkpoint, "sft")
