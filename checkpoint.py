@@ -89,9 +89,6 @@ def save(run, step, model, optimizer, inputs, keep):
     dist.barrier()
 
 
-
-
-
 def read_state(path):
     """A checkpoint's state.json (collective). Raises InputError where that, or a file of it, has changed."""
     try:

@@ -273,7 +273,7 @@ def show_sessions(runs, sessions):
         for g in load_graded(Path(run) / "graded.jsonl"):
             if g.sample == 0:
                 said[g.turn_id].append((name, g))
-    turns = read_json(Path(runs[0]) / "eval.json")["config"]["data.turns"] or Path(runs[0]) / "turns"
+    turns = read_json(Path(runs[0]) / "eval.json")["config"].get("data.turns") or Path(runs[0]) / "turns"
     for turn in read_turns(Path(turns) / "eval.jsonl"):
         by_session[turn.session_id].append(turn)
     for session in list(by_session)[:sessions]:

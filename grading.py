@@ -155,7 +155,9 @@ def sample_graded(policy, judge, prompts, keys, sampling, desc="rollout"):
     prompts [B]; keys [B]: what names the noise of each -> (groups [B], figures: seconds of sampling and of
     grading beyond it on this rank, and over all ranks what the language model did).
     """
-    rank, world, grader, auditor = dist.get_rank(), dist.get_world_size(), judge.grader, judge.auditor
+    rank, world, grader = dist.get_rank(), dist.get_world_size(), judge.grader
+    shares = {grader: 1, judge.auditor: judge.reward.audit}
+    sources = {source: share for source, share in shares.items() if source}
     mine, verdicts = prompts[rank::world], {}
     start = time.perf_counter()
     bar = tqdm(total=len(mine) * sampling.samples, unit="response", desc=desc, leave=False, disable=rank > 0)
@@ -165,20 +167,22 @@ def sample_graded(policy, judge, prompts, keys, sampling, desc="rollout"):
 
     def on_response(i, response):
         bar.update()
+        if not sources:
+            return
         turn, said = mine[i].turn, text(response)
         if not turn.decision == reward.decision(said) == "continue":
             return
-        for source, share in (grader, 1), (auditor, judge.reward.audit):
+        for source, share in sources.items():
             key = source, turn.turn_id, said
             # A hash of turn and response draws the share: the same ones on any number of ranks.
-            if source and key not in verdicts and Random(f"{turn.turn_id} {said}").random() < share:
+            if key not in verdicts and Random(f"{turn.turn_id} {said}").random() < share:
                 verdicts[key] = source.submit(*grader_question(source.prompt, turn, said))
 
     with decoder.gathered(policy.model), bar:
         responses = generate(policy.model, [p.tokens for p in mine], policy.ends, sampling,
                              keys[rank::world], on_response)
     sampled = time.perf_counter()
-    for source in filter(None, (grader, auditor)):
+    for source in sources:
         source.drain()
     graded, down = [], None
     try:

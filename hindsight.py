@@ -1,6 +1,6 @@
 """Logs -> turns: at each decision point of a conversation, what was still to be learned, and go on or stop.
 
-    python hindsight.py cfg.yaml [key=value ...]      # writes run_dir/turns/{train,eval,valid}.jsonl
+    python hindsight.py cfg.yaml [key=value ...]      # writes turns/{train,eval,valid}.jsonl and turns.html
 
 The paper (arXiv 2510.25441) reads a conversation as u_0, x_1, u_1, ..., x_{T-1}, u_{T-1}: the user says u,
 the expert x. It labels each point t = 1..T by hindsight. The context C_{t-1} is everything up to u_{t-1}.
@@ -11,8 +11,9 @@ each item, so one call serves all points of a session.
 
 Unlike the reference release, every context is the full prefix, and what the expert says after the user's last
 words makes no further point. Sessions and points that teach nothing are left out and counted by reason.
-A rerun replaces all its files. Logs are streamed: only a window of sessions, with their extractions in
-flight, is in memory.
+A rerun replaces all its files but marks.jsonl. Logs are streamed: only a window of sessions, with their
+extractions in flight, is in memory. At the end the training turns are read whole, as a trainer reads them,
+for the page, the strange turns and the marks.
 """
 import hashlib
 import json
@@ -469,9 +470,6 @@ def divide(ids, data, seed):
         raise InputError(f"data.split={data.split} and data.valid_sessions={data.valid_sessions} leave none "
                          f"of {len(ids)} sessions for turns/{name}.jsonl: change them")
     return part
-
-
-
 
 
 # ------------------------------------------------------------------------------------ for a person to look at

@@ -80,9 +80,6 @@ class Cache:
         self.db.execute("INSERT OR REPLACE INTO reply VALUES (?, ?)", (hash_of(what), text))
 
 
-
-
-
 def parse_object(text):
     """The one JSON object of a reply. Prose or a code fence may stand around it.
 

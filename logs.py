@@ -6,7 +6,8 @@
       roles: {user: human, assistant: [gpt, agent], ignore: system}
 
 `rows` yields each conversation in this project's own format (records.Session says which) and where it stands.
-Nothing is checked here: hindsight.py does that. Parquet and the hub need the `datasets` library.
+Names in `fields` that stand in no line are refused here; the conversations are checked by hindsight.py.
+Parquet and the hub need the `datasets` library.
 """
 import hashlib
 import json

@@ -263,7 +263,7 @@ def calls(cfg):
     asks = {"extractor": (how.source == "llm") * how.self_check * len(texts),
             "grader": (judge.grader == "llm") * graded, "auditor": judge.audit * graded}
     cut, shown = load_tokenizer(cfg.model.path).tokenize, texts[:50]
-    session = len(cut("".join(shown))) / max(len(shown), 1)
+    session = len(cut("".join(shown))) / len(shown)
     yield row("language models, about", ["calls", "M in", "M out", "hours"])
     for name, n in asks.items():
         role = getattr(cfg.llm, name)

@@ -38,7 +38,8 @@ class InputError(Exception):
 
 
 def cli(main):
-    """Run main(). An InputError ends the process with one line (once a node) and exit code 2."""
+    """Run main(). An InputError, or a file that cannot be used, ends the process with one line (once a node)
+    and exit code 2."""
     try:
         main()
         sys.stdout.flush()
@@ -130,9 +131,6 @@ def not_blank(text):
     if not text.strip():
         raise ValueError("must not be blank")
     return text
-
-
-
 
 
 def check_score(score):

@@ -228,9 +228,6 @@ def curves(runs, section, keys, window):
     return traces
 
 
-
-
-
 def charts(runs):
     """-> HTML of the sections, and the figures [{"data", "layout"}] of its divs plot0, plot1, ..."""
     window = max(len(run.steps) for run in runs) // 20 | 1  # odd

@@ -21,7 +21,7 @@ import numpy as np
 from lexicon import sentences, words
 
 FEWEST = 700  # questions: with 400 of them 4% of the experts' own would be taken for garbled
-LEAD_IN = re.compile(r"^\W*[^\s,，:：]+(?: [^\s,，:：]+)?[,，:：]\s*")  # "Well, "
+_LEAD_IN = re.compile(r"^\W*[^\s,，:：]+(?: [^\s,，:：]+)?[,，:：]\s*")  # "Well, "
 
 
 def split(text):
@@ -31,7 +31,7 @@ def split(text):
 
 def questions_in(text, lex=None):
     """Each, also a request of the lexicon, without its lead-in."""
-    return [split(LEAD_IN.sub("", sentence)) for sentence, asks in sentences(text, lex) if asks]
+    return [split(_LEAD_IN.sub("", sentence)) for sentence, asks in sentences(text, lex) if asks]
 
 
 def trigrams(questions):

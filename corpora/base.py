@@ -8,10 +8,8 @@ sides talk there, and nothing of the task. It learns what users say from whole c
 them. What experts say it learns from exchanges (an expert's message and the reply) that are torn out of any
 sessions, in any order: what is asked there, but not what an expert asks next, nor when to stop. It never
 sees an annotation, a held-out session, the policy's prompt or the stop marker (the tokenizer sees these two,
-so that they are short). All that is left for SFT and GRPO to teach.
-
-(A first version learned experts' words from whole conversations too. That was SFT in disguise: it knew the
-training sessions by heart, and GRPO found hardly a group whose responses differed.)
+so that they are short). So SFT and GRPO have the task left to teach. (Learning experts' words from whole
+conversations would be SFT in disguise: NOTES.md.)
 
 It trains for a number of tokens, and for a number of passes at most: of many sessions only some are read. A
 rerun with the same logs and seed returns at once. A folder that was made otherwise, or by others, is never
