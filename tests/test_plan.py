@@ -270,6 +270,7 @@ def test_extraction_is_counted(counted, tiny_tokenizer):
 
 @pytest.mark.parametrize("change, told", [
     (dict(data__logs=["nowhere.jsonl"]), "no such file: nowhere.jsonl"),
+    (dict(data__roles={"assistant": ["user", "assistant"]}), "no message of a user"),
     (dict(model__path="{tmp_path}"), "no tokenizer"), (dict(llm__grader__prompt="no.md"), "prompt no.md")])
 def test_what_cannot_be_counted(counted, tmp_path, change, told):
     with pytest.raises(InputError, match=told):
