@@ -5,6 +5,7 @@
 # make real LOGS=my.jsonl [SEEDS=3]  the whole way on your own logs: labels, lexicon, a small base model, SFT, GRPO, figures
 # make test               all tests; make test-fast: without the slow ones
 # make test-extras        the tests that compare with a package of requirements-extras.txt (TRL)
+# make soak               the campaigns of tests/ (kills, faulty servers, fuzzed logs, full disks) at full length
 # make lint               ruff and mypy (pyproject.toml)
 # make bench              ours beside TRL and transformers on this machine's device (about an hour on two cores);
 #                         adds lines to bench/results/
@@ -23,7 +24,7 @@ OVERRIDES := $(if $(filter-out 0,$(SEED)),seed=$(SEED) model.path=$(ROOT)/world/
 	data.eval_logs=$(ROOT)/world/test.jsonl data.lexicon=$(ROOT)/world/lexicon.yaml)
 ROOTS = $(ROOT) $(foreach seed,$(shell seq 1 $(SEEDS)),$(if $(filter-out $(SEEDS),$(seed)),runs/toy-seed$(seed)))
 
-.PHONY: demo table1 table2 real test test-fast test-extras lint bench world rows
+.PHONY: demo table1 table2 real test test-fast soak test-extras lint bench world rows
 .DELETE_ON_ERROR:
 
 demo: ROWS = base grpo
@@ -95,6 +96,9 @@ test: .venv/dev
 
 test-fast: .venv/dev
 	$(PYTEST) $(ALL_CORES) -m "not slow" $(CODE)
+
+soak: .venv/dev
+	$(PYTEST) -s -m soak --soak tests
 
 test-extras: .venv/dev .venv/extras
 	$(PYTEST) -m extras tests

@@ -34,6 +34,16 @@ LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low
                "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
 
+def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="campaigns at full length (make soak)")
+
+
+@pytest.fixture
+def soak(request):
+    """Does a campaign (marker `soak`) run at full length? CI runs a short form."""
+    return request.config.getoption("--soak")
+
+
 def pytest_configure(config):
     if config.option.markexpr != "gpu":  # all others are tests of the CPU path, on any machine
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
