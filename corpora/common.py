@@ -7,9 +7,6 @@ from tqdm import tqdm
 
 from records import InputError, write_jsonl
 
-# A key that only the dialogues of one corpus hold
-MARKS = {"multiwoz": "'turn_id'", "sgd": "'canonical_values'", "star": "'Events'"}
-
 
 def load(path):
     """A JSON file -> its content. InputError: it is missing or broken."""
@@ -39,12 +36,6 @@ def convert(corpus, read):
     paths = sorted(folder.resolve().rglob("*[0-9].json"))
     if not paths:
         raise InputError(f"{folder} is no folder with dialogues (such as 1.json): name that of the corpus")
-    if out.is_dir():
-        raise InputError(f"{out} is a folder: name a file, such as {out / corpus}.jsonl")
-    first = str(load(paths[0]))
-    for name, mark in MARKS.items():
-        if mark in first and name != corpus:
-            raise InputError(f"{paths[0]} looks like {name}: python -m corpora.{name}")
     rows = []
     for path in tqdm(paths, unit=" files", disable=None):
         try:
@@ -52,7 +43,8 @@ def convert(corpus, read):
         except InputError:
             raise
         except Exception as error:  # a key that is missing, a list where an object should be, ...
-            raise InputError(f"{path} is not as {corpus} was published ({error!r}): get it again")
+            raise InputError(f"{path} is not as {corpus} was published ({error!r}): get it again, "
+                             "or use the reader of its corpus")
     used = [row for row in rows if row["messages"]]
     if not used:
         raise InputError(f"{folder}: none of {len(rows)} sessions asks or reveals anything: is it {corpus}?")

@@ -19,12 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from tqdm import tqdm
 
 import config
 import hindsight
 import lexicon
-import metrics
 from records import InputError, cli, same, slot_key, write_text
 from wording import split
 
@@ -34,29 +32,29 @@ HEAD = """goal: Find out what is needed.
 'no': ['no', nope, not really]
 complaints: {}
 """
-FIGURES = "precision", "recall", "precision, unseen texts", "recall, unseen texts"
 
 
 def read(sessions):
-    """-> ([(number of the session, its goal, text, slots)] of the experts' messages with `asks`,
-    [(goal, slot, value)] that users reveal).
+    """-> ([(goal, text, slots)] of the experts' messages with `asks`, [(goal, slot, value)]: what users
+    reveal, and slots that are asked for, with no value).
 
     A message that asks for no slot, but whose answer reveals something, asks a generic question: the slot "".
     """
-    said, revealed = [], []
-    for i, s in enumerate(sessions):
+    said, told = [], []
+    for s in sessions:
         answer = []
         for m in reversed(s.messages):
             if m.role == "assistant" and m.asks is not None:
                 names = m.asks or [""] * bool(answer)
                 slots = {slot_key(name.replace(":", " ")) for name in names}
-                said.append((i, s.goal, m.content, slots))
+                said.append((s.goal, m.content, slots))
+                told += [(s.goal, slot, "") for slot in slots]
             answer = [(s.goal, *same(item)) for item in hindsight.annotated(m)]
-            revealed += answer
+            told += answer
     if not said:
         raise InputError("no training session, or no held-out one, has `asks`: label the logs, and hold some "
                          "out (data.split, data.eval_logs)")
-    return said, revealed
+    return said, told
 
 
 def runs(text, first=None):
@@ -87,14 +85,14 @@ def cues(units, slot=""):
         return score[run], run in slot, -run.count(" "), len(run), run
 
     best = {max(found, key=rank) for found, wanted in units if wanted}
-    return [regex(run) for run in sorted(best) if score[run] > 1]
+    return [run for run in sorted(best) if score[run] > 1]
 
 
 def mine(sessions):
     """Training sessions -> the text of a lexicon file."""
-    said, revealed = read(sessions)
+    said, told = read(sessions)
     requests, openers, units = [], [], []
-    for _, goal, text, slots in said:
+    for goal, text, slots in said:
         requested = any(slots) and not lexicon.questions(text)
         for sentence, has_mark in lexicon.sentences(text):
             openers.append((runs(sentence, 1), has_mark))
@@ -102,17 +100,16 @@ def mine(sessions):
                 requests.append((runs(sentence, 1), requested))
             if has_mark or requested:
                 units.append((goal, slots, runs(sentence)))
-    values = Counter((slot, value) for _, slot, value in revealed)
-    asked = [(goal, slot, "") for _, goal, _, slots in said for slot in slots]
-    goals = defaultdict(set)
-    for goal, slot, _ in revealed + asked:
+    goals, values = defaultdict(set), defaultdict(Counter)
+    for goal, slot, value in told:
         goals[slot].add(goal)
+        values[slot][value] += 1
     everywhere = {s.goal for s in sessions}
     if 5 * len(everywhere) > len(sessions) or not all(everywhere):  # goals that hardly come back tell nothing
         goals = dict.fromkeys(goals, everywhere)
     attributes = {}
-    for slot, here in tqdm(sorted(goals.items()), "slots", disable=None):
-        often = {value for (name, value), n in values.items() if name == slot and value and n > 1}
+    for slot, here in sorted(goals.items()):
+        often = {value for value, n in values[slot].items() if value and n > 1}
         there = [(found, slot in slots) for goal, slots, found in units if goal in here]
         attributes[slot] = {
             "asks": cues(there, slot),
@@ -132,20 +129,16 @@ def check(lex, said, seen):
 
     said: as `read` gives it. seen: the texts of the training sessions, as wording.split has them.
     """
-    part = np.zeros((2, said[-1][0] + 1, 4))  # right or all, session, figure
-    faults = Counter()
-    for i, goal, text, slots in said:
+    counts, faults = np.zeros((2, 3), int), Counter()  # all and unseen texts: right, found, asked
+    for goal, text, slots in said:
         asked = slots - {""}
         found = set(map(slot_key, lexicon.asked(text, lex.at(goal))))
-        figures = slice(2 if split(text) in seen else 4)
-        part[0, i, figures] += len(found & asked)
-        part[1, i, figures] += ([len(found), len(asked)] * 2)[figures]
-        for slot in found ^ asked:
-            faults["missed" if slot in asked else "false", slot, text] += 1
-    drawn, = metrics.bootstrap(part)
-    for name, right, n, means in zip(FIGURES, *part.sum(1), drawn.T):
-        figure = metrics.cell(right / n if n else None, interval=metrics.interval(means))
-        print(f"{name:24}{figure} ({right:.0f} of {n:.0f})")
+        counts[int(split(text) in seen)] += len(found & asked), len(found), len(asked)
+        faults.update(("missed" if slot in asked else "false", slot, text) for slot in found ^ asked)
+    for name, (right, found, asked) in ("all", counts.sum(0)), ("unseen", counts[0]):
+        with np.errstate(invalid="ignore"):  # 0 of 0 is nan
+            print(f"{name} texts: precision {right / found:.3f} ({right} of {found}), "
+                  f"recall {right / asked:.3f} ({right} of {asked})")
     for (kind, slot, text), n in faults.most_common(40):
         print(f"{n:6} {kind:6} {slot}: {text}")
 

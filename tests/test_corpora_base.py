@@ -39,11 +39,11 @@ def files(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-def test_transformers_and_model_py_read_it_alike_and_the_report_says_what_it_is(make, capsys):
+def test_transformers_and_model_py_read_it_alike_and_the_command_says_what_it_is(make, capsys):
     from transformers import AutoModelForCausalLM
     folder = make()
     out = capsys.readouterr().out
-    assert "held-out" in out and "says nothing about large models" in out
+    assert "nothing about large models" in out
     tokenizer, model = load_tokenizer(folder), decoder.load(folder, "cpu", torch.float32)
     ids = apply_template(tokenizer, [{"role": "user", "content": "Hello, since when?"}])
     theirs = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([ids])).logits[0]
@@ -116,13 +116,9 @@ def test_what_a_user_gets_wrong(make, tmp_path):
     (tmp_path / "mine").mkdir()
     with pytest.raises(InputError, match="mine is another model .* remove it"):
         make(name="mine")
-    with pytest.raises(InputError, match="12 training .* 50 "):
-        make(SESSIONS[:12])
     blank = [{"session_id": i, "messages": [{"role": "user", "content": " "}]} for i in range(80)]
-    with pytest.raises(InputError, match="0 training .* text"):
+    with pytest.raises(InputError, match="no training session has an expert's message"):
         make(blank)
-    with pytest.raises(InputError, match="no held-out one"):
-        make(SESSIONS, "data.eval_logs=[]")
     alone = [{"session_id": i, "messages": [{"role": "user", "content": "Hello"}]} for i in range(80)]
     with pytest.raises(InputError, match="an expert's message"):
         make(alone)
