@@ -42,11 +42,14 @@ def open_run(cfg, rank):
 
 # ---------------------------------------------------------------------------------------------- checkpoints
 
+MOMENTS = "exp_avg", "exp_avg_sq"  # AdamW's names
+
+
 def tensors_of(model, optimizer):
     """Yield (name, parameter, this rank's rows) of what a checkpoint holds: weights and AdamW's moments."""
     for name, p in model.named_parameters():
         yield name, p, local(p).detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in MOMENTS:
             yield f"{name}:{moment}", p, local(optimizer.state[p][moment])
 
 

@@ -229,6 +229,9 @@ class TrainKeys(Exact):
         "")
     activation_checkpointing: bool = key(
         False, "keep only each layer's input for the backward pass and compute the rest again", "")
+    moments_on_host: bool = key(
+        False, "keep AdamW's moments in the host's memory: half of what they, the weights and the gradients "
+        "take; a step copies them to the device and back", "")
     compile: bool = key(False, "torch.compile the layers except attention (a minute or so at the start)", "")
     checkpoint_every: PositiveInt = key(50, "steps between checkpoints (taken at the next sync boundary)", "")
     keep_checkpoints: PositiveInt = key(2, "newest checkpoints kept", "")

@@ -172,7 +172,8 @@ def memory(job):
     """-> {"training": {what: bytes}, "sampling": {what: bytes}} on the rank that holds most."""
     t = job.cfg.train
     weights = job.shard * job.master
-    kept = {"master weights": weights, "AdamW moments": 2 * weights}
+    moments = job.master * job.root / job.world if t.moments_on_host else weights  # the largest ones at work
+    kept = {"master weights": weights, "AdamW moments": 2 * moments}
     if t.kl_coef:
         kept["reference"] = job.shard * job.compute
     phases = {"training": kept | step_memory(job)}

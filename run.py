@@ -229,6 +229,9 @@ def load(run, size, sources):
                              f"train.epochs): raise them, or start in a new run_dir (train.from={run.dir})")
     else:
         checkpoint.fresh_moments(model, run.optimizer)
+    if t.moments_on_host:
+        for state in run.optimizer.state.values():
+            move(state, "cpu")
     run.log = checkpoint.Log(run.cfg, run.step, run.total, run.rank)
     if run.step == 0 and run.held_out:
         run.log.write({"step": 0, "eval": evaluate(run)})
@@ -257,6 +260,26 @@ def zeros(model, names):
     return {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
 
 
+def move(state, device):
+    """Move AdamW's moments of one parameter, if it has any yet."""
+    for name in state.keys() & checkpoint.MOMENTS:
+        state[name] = state[name].to(device)
+
+
+def adamw_step(optimizer):
+    """One step of AdamW, a parameter at a time: its moments may wait in the host's memory."""
+    group, = optimizer.param_groups
+    params = group["params"]
+    for p in params:
+        state = optimizer.state[p]
+        home = state["exp_avg"].device if "exp_avg" in state else p.device
+        move(state, p.device)
+        group["params"] = [p]
+        optimizer.step()
+        move(state, home)
+    group["params"] = params
+
+
 def optimizer_step(model, optimizer, grad_clip, figures, maxima=()):
     """Clip the gradient by its global norm and step (collective).
 
@@ -273,7 +296,7 @@ def optimizer_step(model, optimizer, grad_clip, figures, maxima=()):
     norm = ranks[0][-1]
     finite = math.isfinite(norm) and math.isfinite(whole["loss"])
     if finite and norm:
-        optimizer.step()
+        adamw_step(optimizer)
     return whole | {"grad_norm": norm if finite else None, "finite": finite}
 
 

@@ -268,10 +268,10 @@ SCORES = set("seed model.path model.dtype data.goal data.lexicon data.long_promp
 SCORES |= REFERENCE | role("extractor") | role("grader")
 # How often to look, where to log, what fits in memory: with others of these a run may go on.
 FREE = set("run_dir data.turns hindsight.sample plan gpus gpu_gib hindsight.self_check hindsight.max_failed "
-           "llm.cache reward.audit reward.max_failed "
-           "rollout.max_rows train.tokens_per_microbatch train.activation_checkpointing train.compile "
-           "train.eval_every train.checkpoint_every train.keep_checkpoints eval.samples eval.temperature "
-           "eval.top_p wandb.mode wandb.project".split())
+           "llm.cache reward.audit reward.max_failed rollout.max_rows train.tokens_per_microbatch "
+           "train.activation_checkpointing train.moments_on_host train.compile train.eval_every "
+           "train.checkpoint_every train.keep_checkpoints eval.samples eval.temperature eval.top_p "
+           "wandb.mode wandb.project".split())
 TRAINING = {name for name in config.FIELDS if not name.startswith("llm.")} - FREE
 LENGTH = {"train.steps", "train.epochs"}  # with a constant learning rate a run may go on beyond its end
 ASKED = "hindsight.source=llm reward.grader=llm".split()
@@ -423,6 +423,7 @@ ELSEWHERE = {  # what bounds memory or only decides whether to go on: no figure 
     "rollout.max_rows": "test_config.py::test_max_rows_bounds_the_rows_decoded_at_once",
     "train.tokens_per_microbatch": "test_grpo.py::test_micro_batches_do_not_change_the_gradient",
     "train.activation_checkpointing": OPTIONS, "train.compile": OPTIONS,
+    "train.moments_on_host": "test_run.py::test_adamw_moves_one_parameters_moments_at_a_time",
     "plan": PLANS, "gpus": PLANS, "gpu_gib": PLANS,
     "reward.max_failed": "test_grading.py::test_a_few_failed_gradings_do_not_stop_training",
     "reward.audit": AUDIT, "llm.auditor.prompt": ROLES, "llm.writer.prompt": ROLES,

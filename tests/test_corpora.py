@@ -223,7 +223,8 @@ def test_cut(n, messages):
 def test_another_corpus(refused, put, tmp_path, reader, other):
     put("dialogues/1.json", other[1])
     error = refused(reader[0], tmp_path / "corpus", tmp_path / "out.jsonl")
-    assert any(hint in error for hint in ("reader of its corpus", "dialog_acts.json is no JSON", "is it sgd?"))
+    hints = "reader of its corpus", "dialog_acts.json is no JSON", "is it sgd?"
+    assert any(hint in error for hint in hints)
     assert list(tmp_path.iterdir()) == [tmp_path / "corpus"]
 
 

@@ -362,6 +362,19 @@ def test_options_that_only_memory_and_time_know_of(train, monkeypatch, tmp_path,
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_moments_on_the_host_leave_room_for_those_of_the_largest_parameter(make_checkpoint, tied):
+    folder = make_checkpoint(**WIDE | dict(tie_word_embeddings=tied))
+    model = decoder.load(folder, CPU, torch.float32)
+    sizes = [p.numel() * 4 for p in model.parameters()]
+    here, away = (plan.memory(job_of(config_of(folder, train__moments_on_host=away), folder))["training"]
+                  for away in (False, True))
+    assert here["AdamW moments"] == 2 * sum(sizes) and away["AdamW moments"] >= 2 * max(sizes)
+    assert away["AdamW moments"] < 0.95 * here["AdamW moments"]
+    assert {k: v for k, v in here.items() if "AdamW" not in k} == {
+        k: v for k, v in away.items() if "AdamW" not in k}
+
+
 def test_gradients_are_gone_while_sampling(train, monkeypatch, tmp_path, tiny_checkpoint):
     """As the plan has it; and the optimizer is the fused one."""
     seen, sample, load = [], grading.sample_graded, running.load

@@ -134,13 +134,38 @@ def order(monkeypatch):
     return seen
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_adamw_moves_one_parameters_moments_at_a_time(device, monkeypatch):
+    """Its updates are those of torch's optimizer. Moments leave home for their own update only."""
+    twins = [torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)).to(device) for _ in "ab"]
+    twins[1].load_state_dict(twins[0].state_dict())
+    plain, ours = (torch.optim.AdamW(m.parameters(), lr=0.1, weight_decay=0.1, fused=True) for m in twins)
+    checkpoint.fresh_moments(twins[1], ours)
+    states, moved, move = list(ours.state.values()), [], running.move
+    for state in states:
+        move(state, "cpu")
+    monkeypatch.setattr(running, "move", lambda *to: (moved.append(to), move(*to)))
+    for x in torch.randn(3, 5, 4, device=device):
+        for model in twins:
+            model.zero_grad()
+            model(x).square().sum().backward()
+        plain.step()
+        running.adamw_step(ours)
+    assert all(map(torch.equal, twins[0].parameters(), twins[1].parameters()))
+    away, home = torch.device(device, 0 if device == "cuda" else None), torch.device("cpu")
+    assert [to for _, to in moved] == [away, home] * len(states) * 3
+    assert [state for state, _ in moved[::2]] == [state for state, _ in moved[1::2]] == states * 3
+    assert all(state[name].device == home for state in states for name in checkpoint.MOMENTS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", list(SCRIPTS))
 def test_a_run_its_files_and_its_resume(loss, train, order, monkeypatch, tmp_path, marks_checkpoint):
     """4 steps, then 8 by train.steps=8, are 8 steps to the bit. A finished run that is started again changes
     nothing."""
     script, how = SCRIPTS[loss], dict(train__eval_every=4, train__lr=1e-2, train__tokens_per_microbatch=60)
-    short, straight = (make_baseline(tmp_path / x, marks_checkpoint, loss, **how) for x in "ab")
+    short = make_baseline(tmp_path / "a", marks_checkpoint, loss, **how, train__moments_on_host=True)
+    straight = make_baseline(tmp_path / "b", marks_checkpoint, loss, **how)
     train(script, short)
     with open(short.parent / "run" / "metrics.jsonl", "a") as f:
         f.write('{"step": 5, "half a line')
