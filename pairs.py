@@ -99,8 +99,8 @@ def written_pairs(turns, source):
 
 def same_made(cfg):
     """Were run_dir's pairs made with this config? Pairs made by hand carry no stamp and will do."""
-    path = cfg.run_path / "pairs_made.json"
-    return not path.is_file() or read_json(path) == config.made_with(cfg, "pairs")
+    made = config.made_with(cfg, "pairs")
+    return read_json(cfg.run_path / "pairs_made.json", made) == made
 
 
 def main():

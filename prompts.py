@@ -27,7 +27,7 @@ def turns_file(cfg, name):
         hint = " (data.eval_logs or data.split must be set)" if name == "eval" else ""
         raise InputError(f"{path} does not exist: run hindsight.py with this config first{hint}")
     stamp = path.with_name("made.json")
-    made = read_json(stamp) if stamp.is_file() else {}  # turns made by hand carry no stamp
+    made = read_json(stamp, {})  # turns made by hand carry no stamp
     for key in config.changed(cfg, "turns", made):
         raise InputError(f"{path.parent} was made with {key}={made[key]!r}, this config has "
                          f"{config.flatten(cfg)[key]!r}: run hindsight.py with this config again")
@@ -71,8 +71,7 @@ def load_tokenizer(path):
         raise InputError(f"model.path: no tokenizer could be loaded from {str(path)!r} ({reason})")
     if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):  # made without complaint
         raise InputError(f"model.path: the tokenizer at {path} is empty: its tokenizer.json is missing")
-    shape = Path(path) / "config.json"
-    rows = read_json(shape).get("vocab_size") if shape.is_file() else None
+    rows = read_json(Path(path) / "config.json", {}).get("vocab_size")
     if rows and max(tokenizer.get_vocab().values()) >= rows:
         raise InputError(f"model.path: the tokenizer at {path} has token ids beyond the {rows} rows of the "
                          "embedding: tokenizer and weights are not of one model")
@@ -83,8 +82,7 @@ def end_ids(folder, tokenizer):
     """The set of token ids that end a response: the tokenizer's, and those that the model's files name."""
     ids = {tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):
-        path = Path(folder) / name
-        eos = read_json(path).get("eos_token_id") if path.is_file() else None
+        eos = read_json(Path(folder) / name, {}).get("eos_token_id")
         ids.update(eos if isinstance(eos, list) else [eos])
     ids.discard(None)
     if not ids:

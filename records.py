@@ -352,7 +352,10 @@ def write_json(path, obj):
     write_text(path, json.dumps(obj, ensure_ascii=False, indent=2) + "\n")
 
 
-def read_json(path):
+def read_json(path, missing=None):
+    """missing: what stands for a file that is not there; None: it must be there."""
+    if missing is not None and not Path(path).is_file():
+        return missing
     return json.loads(Path(path).read_text("utf-8"))
 
 

@@ -75,7 +75,7 @@ def run_row(path, overrides, nproc):
     lock(run.parent, f".{run.name}.lock")  # the row's scripts each take their own, in the run folder
     stamp = run / "row.json"
     want = {"config": config.flatten(cfg), "inputs": inputs_of(cfg, path), "finished": True}
-    have = read_json(stamp) if stamp.is_file() else {"config": {}, "inputs": {}}
+    have = read_json(stamp, {"config": {}, "inputs": {}})
     if have == want:
         print(f"=== {run}: finished before, not run again")
         return run

@@ -72,7 +72,7 @@ def reference_logprobs(run, trees, inputs):
     They are read from run_dir/reference.json where they were computed before from the same inputs (any JSON).
     """
     path = run.dir / "reference.json"
-    kept = read_json(path) if path.is_file() else {}
+    kept = read_json(path, {})
     if kept.get("inputs") == inputs:
         return dict(kept["logprobs"])
     found = sum(parallel.all_gather(compute_reference(run, trees)), [])
