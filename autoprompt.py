@@ -51,7 +51,6 @@ from prompts import (
     load_prompt,
     load_turns,
     spoken,
-    text_of,
 )
 from records import (
     STOP,
@@ -444,7 +443,7 @@ def sampled_responses(cfg, n):
     responses = rollout.generate(policy.model, [p.tokens for p in prompts], policy.ends, sampling)
     anchors = []
     for prompt, group in zip(prompts, responses):
-        for text in dict.fromkeys(text_of(policy.tokenizer, r.tokens, policy.ends) for r in group):
+        for text in dict.fromkeys(policy.text(r.tokens) for r in group):
             if reward.decision(text) == "continue":
                 anchors.append(GraderAnchor.model_construct(turn=prompt.turn, response=text))
     return anchors

@@ -21,7 +21,7 @@ import model as decoder
 import parallel
 import reward
 import wording
-from prompts import Prompt, chat, dump, fill_goal, load_turns, spoken, text_of
+from prompts import Prompt, chat, dump, fill_goal, load_turns, spoken
 from records import InputError, Reply, Rollout, Score, same, slot_key
 from rollout import Response, Sampling, generate
 
@@ -162,14 +162,11 @@ def sample_graded(policy, judge, prompts, keys, sampling, desc="rollout"):
     start = time.perf_counter()
     bar = tqdm(total=len(mine) * sampling.samples, unit="response", desc=desc, leave=False, disable=rank > 0)
 
-    def text(response):
-        return text_of(policy.tokenizer, response.tokens, policy.ends)
-
     def on_response(i, response):
         bar.update()
         if not sources:
             return
-        turn, said = mine[i].turn, text(response)
+        turn, said = mine[i].turn, policy.text(response.tokens)
         if not turn.decision == reward.decision(said) == "continue":
             return
         for source, share in sources.items():
@@ -187,7 +184,7 @@ def sample_graded(policy, judge, prompts, keys, sampling, desc="rollout"):
     graded, down = [], None
     try:
         for prompt, group in zip(mine, responses):
-            graded.append(grade(prompt.turn, [text(r) for r in group], judge, verdicts))
+            graded.append(grade(prompt.turn, [policy.text(r.tokens) for r in group], judge, verdicts))
     except llm.Unanswered as error:  # on this rank: the others must learn of it
         down = str(error)
     figures = {"rollout_s": sampled - start, "grade_s": time.perf_counter() - sampled}

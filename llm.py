@@ -32,7 +32,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from config import Stream, need
-from prompts import PROMPTS, apply_template, end_ids, load_prompt, load_tokenizer, text_of
+from prompts import PROMPTS, apply_template, load_prompt
 from records import InputError, explain, hash_of, identity
 
 GIVE_UP = 40  # asks in a row that the server left unanswered, retries included: it is down
@@ -320,8 +320,8 @@ class Local:
         dtype = parallel.compute_dtype(cfg.model.dtype, device)
         several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
         load = functools.partial(parallel.load_sharded, trainable=False) if several else decoder.load
-        tokenizer = load_tokenizer(folder)
-        self.policy = rollout.Policy(load(folder, device, dtype), tokenizer, end_ids(folder, tokenizer))
+        self.policy = rollout.Policy(folder)
+        self.policy.model = load(folder, device, dtype)
         self.gathered, self.generate = decoder.gathered, rollout.generate
         rows = cfg.rollout.max_rows // cfg.rollout.samples  # as many prompts at once as in training
         self.sampling = rollout.Sampling(1, settings.max_tokens, settings.temperature, max_rows=rows)
@@ -349,4 +349,4 @@ class Local:
         for ask, prompt, (response,) in zip(batch, prompts, responses):
             self.tally.count("tokens_in", len(prompt))
             self.tally.count("tokens_out", len(response.tokens))
-            ask.take(text_of(policy.tokenizer, response.tokens, policy.ends))
+            ask.take(policy.text(response.tokens))

@@ -90,11 +90,6 @@ def end_ids(folder, tokenizer):
     return ids
 
 
-def text_of(tokenizer, tokens, ends):
-    """A response's text, without its end token."""
-    return tokenizer.decode(tokens[:-1] if tokens[-1] in ends else tokens)
-
-
 def plain(tokenizer, text):
     """Break up special tokens written out in a text, so that nobody can end a turn by typing <|im_end|>."""
     for token in tokenizer.get_added_vocab():

@@ -29,7 +29,7 @@ import model as decoder
 import pack
 import parallel
 from model import wide
-from prompts import apply_template, end_ids, load_tokenizer, text_of
+from prompts import apply_template, end_ids, load_tokenizer
 from records import InputError, Message, Record, cli, explain, read_jsonl, write_jsonl
 
 PREFILL_TOKENS = 4096  # prompt tokens per prefill pass: bounds its activations
@@ -59,19 +59,24 @@ class Sampling:
     max_prompts: int | None = None  # prompts held at once; None: max_rows / samples
 
 
-@dataclass
 class Policy:
     """What can be sampled from: the weights, the tokenizer, and the token ids that end a response."""
-    model: decoder.Decoder
-    tokenizer: Any
-    ends: set
+
+    def __init__(self, folder):
+        self.model = None  # until somebody reads the weights
+        self.tokenizer = load_tokenizer(folder)
+        self.ends = end_ids(folder, self.tokenizer)
+
+    def text(self, tokens):
+        """A response's text, without its end token."""
+        return self.tokenizer.decode(tokens[:-1] if tokens[-1] in self.ends else tokens)
 
 
 def load_policy(folder, device, dtype):
     """The whole model of a Hugging Face folder on one device -> Policy."""
-    tokenizer = load_tokenizer(folder)
-    ends = end_ids(folder, tokenizer)
-    return Policy(decoder.load(folder, device, dtype), tokenizer, ends)
+    policy = Policy(folder)
+    policy.model = decoder.load(folder, device, dtype)
+    return policy
 
 
 # ------------------------------------------------------------------------------------------------- the draw
@@ -532,17 +537,17 @@ def arguments():
 def main():
     a = arguments()
     folder = decoder.resolve(a.model)
-    tokenizer = load_tokenizer(folder)
-    ends = end_ids(folder, tokenizer)
-    objects, prompts = read_prompts(a.prompts, tokenizer)
+    policy = Policy(folder)
+    objects, prompts = read_prompts(a.prompts, policy.tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = decoder.load(folder, device, parallel.compute_dtype("auto", device))
+    policy.model = decoder.load(folder, device, parallel.compute_dtype("auto", device))
     sampling = Sampling(a.samples, a.max_new_tokens, 0 if a.greedy else a.temperature, a.top_p, a.seed,
                         a.max_rows)
     with tqdm(total=len(prompts) * a.samples, unit="response", desc="rollout") as bar:
-        groups = generate(model, prompts, ends, sampling, on_response=lambda *response: bar.update())
+        groups = generate(policy.model, prompts, policy.ends, sampling,
+                          on_response=lambda *response: bar.update())
     for obj, group in zip(objects, groups):
-        obj["responses"] = [text_of(tokenizer, r.tokens, ends) for r in group]
+        obj["responses"] = [policy.text(r.tokens) for r in group]
         obj["logprobs"] = [sum(r.logprobs) for r in group]
         obj["finish"] = [r.finish for r in group]
     write_jsonl(a.out, objects)

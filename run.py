@@ -26,15 +26,7 @@ import parallel
 import plan
 import report
 from config import Stream
-from prompts import (
-    encode_prompts,
-    encode_response,
-    end_ids,
-    load_tokenizer,
-    load_turns,
-    turns_file,
-    within_limit,
-)
+from prompts import encode_prompts, encode_response, load_turns, turns_file, within_limit
 from records import InputError, lock, write_jsonl
 from rollout import Policy
 
@@ -135,10 +127,9 @@ def start(doc, script):
     if rank == 0:
         lock(cfg.run_path)
     checkpoint.open_run(cfg, rank)
-    tokenizer = load_tokenizer(folder)
-    return Run(cfg, rank, world, device, dtype, cfg.run_path, folder,
-               Policy(None, tokenizer, end_ids(folder, tokenizer)), grading.open_judge(cfg),
-               held_out_prompts(cfg, tokenizer))
+    policy = Policy(folder)
+    return Run(cfg, rank, world, device, dtype, cfg.run_path, folder, policy, grading.open_judge(cfg),
+               held_out_prompts(cfg, policy.tokenizer))
 
 
 def held_out_prompts(cfg, tokenizer):

@@ -18,6 +18,7 @@ import config
 import grading
 import hindsight
 import prompts
+import rollout
 import train_dpo
 import train_grpo
 import wording
@@ -506,10 +507,10 @@ def trained(places, folder, overrides):
     cfg = config.load(argv)
     run = Path(cfg.run_dir)
     shutil.copytree(Path(places["CONFIG"]).parent / "run", run)
-    text_of, sample_graded = prompts.text_of, grading.sample_graded
+    text, sample_graded = rollout.Policy.text, grading.sample_graded
 
     def canned(*response):
-        said.append(text_of(*response))
+        said.append(text(*response))
         return CANNED[sum(said[-1].encode()) % len(CANNED)]
 
     def watched(*args, **how):
@@ -522,7 +523,7 @@ def trained(places, folder, overrides):
         return SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None)
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(grading, "text_of", canned)
+        m.setattr(rollout.Policy, "text", canned)
         m.setattr(grading, "sample_graded", watched)
         m.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
         m.setattr(sys, "argv", ["train.py", *argv])

@@ -13,6 +13,7 @@ import yaml
 
 import grading
 import llm
+import rollout
 import run as running
 import train_grpo
 from asking import QUESTION, TURN, ask
@@ -134,7 +135,7 @@ def canned(monkeypatch):
         calls.append((turn, texts, grade(turn, texts, *rest)))
         return calls[-1][-1]
 
-    monkeypatch.setattr(grading, "text_of", lambda tokenizer, tokens, ends: CANNED[sum(tokens) % len(CANNED)])
+    monkeypatch.setattr(rollout.Policy, "text", lambda _, tokens: CANNED[sum(tokens) % len(CANNED)])
     monkeypatch.setattr(grading, "grade", noted)
     return calls
 

@@ -3,6 +3,7 @@ import pytest
 
 import config
 import prompts
+import rollout
 from records import InputError, Turn, file_hash, write_json
 from world import coughs, make_config, write_lines
 
@@ -96,10 +97,11 @@ def test_end_ids_come_from_every_place_that_names_them(tmp_path, tiny_tokenizer)
         prompts.end_ids(tmp_path, NoEnd())
 
 
-def test_text_is_the_response_without_its_end_token(tiny_tokenizer):
+def test_text_is_the_response_without_its_end_token(tiny_tokenizer, tiny_checkpoint):
     ids = tiny_tokenizer("你好 ok?", add_special_tokens=False).input_ids
-    texts = [prompts.text_of(tiny_tokenizer, tokens, {258}) for tokens in (ids, [*ids, 258], [258])]
-    assert texts == ["你好 ok?", "你好 ok?", ""]
+    policy = rollout.Policy(tiny_checkpoint)
+    assert policy.ends == {258} and policy.model is None
+    assert list(map(policy.text, (ids, [*ids, 258], [258]))) == ["你好 ok?", "你好 ok?", ""]
 
 
 def test_dialogue_text_cannot_end_a_turn(tiny_tokenizer):

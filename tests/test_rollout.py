@@ -11,7 +11,6 @@ import model as decoder
 import pack
 import rollout
 from conftest import LLAMA3_ROPE, VOCAB
-from prompts import text_of
 from records import InputError
 from rollout import Cache, Sampling, attend_merged, pick, visible
 from world import alone, packed_logits, read_lines, some_prompts, tokens_of, write_lines
@@ -462,7 +461,7 @@ def test_cli_messages_and_prompts(call, capsys, tmp_path, tiny_checkpoint, tiny_
              "<|im_start|>user\nMonday<|im_end|>\n<|im_start|>assistant\n", "Sore throat", cough]
     ids = [tiny_tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     assert ids[0][0] == 257 and 258 in ids[0]
-    model = decoder.load(tiny_checkpoint, "cpu", torch.float32)
+    policy = rollout.load_policy(tiny_checkpoint, "cpu", torch.float32)
     drawn = ("--samples", 3, "--seed", 4, "--temperature", 0.8)
     written = []
     for options, how in ((drawn, dict(samples=3, seed=4, temperature=0.8)), (drawn, None),
@@ -474,9 +473,9 @@ def test_cli_messages_and_prompts(call, capsys, tmp_path, tiny_checkpoint, tiny_
         if how is None:
             assert written[0] == written[1], "a rerun replaces the file, with the same"
             continue
-        want = sample(model, ids, ends={258}, max_new_tokens=6, **how)
+        want = sample(policy.model, ids, ends={258}, max_new_tokens=6, **how)
         for line, row, group in zip(lines, read_lines(out), want, strict=True):
-            texts = [text_of(tiny_tokenizer, r.tokens, {258}) for r in group]
+            texts = [policy.text(r.tokens) for r in group]
             assert row.pop("responses") == texts and len(set(texts)) == len(group)
             assert row.pop("logprobs") == [pytest.approx(sum(r.logprobs)) for r in group]
             assert row.pop("finish") == [r.finish for r in group]
