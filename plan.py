@@ -12,7 +12,7 @@ responses that are decoded at once. Language models of llm.*.source=local are no
 The calls of extractor, grader and auditor are counted from the config and the logs. Nobody is asked.
 """
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -27,6 +27,10 @@ from records import InputError
 
 USABLE = 0.9  # of a device's memory; the rest is for CUDA's context, NCCL's buffers, fragmentation
 GIB = 2 ** 30
+WAYS_OUT = {
+    "training": "set train.activation_checkpointing=true, then train.moments_on_host=true, or lower "
+                "train.tokens_per_microbatch",
+    "sampling": "lower rollout.max_rows, or set train.moments_on_host=true"}
 
 
 @dataclass
@@ -187,32 +191,6 @@ def totals(job):
     return {phase: sum(parts.values()) for phase, parts in memory(job).items()}
 
 
-def advice(job, room):
-    """The first that fits of a row of ever larger changes -> words."""
-    job = replace(job, cfg=job.cfg.model_copy(deep=True))
-    t = job.cfg.train
-    r = job.cfg.rollout
-    changes = {}
-    while over := [phase for phase, need in totals(job).items() if need > room]:
-        if "training" in over and not t.activation_checkpointing:
-            t.activation_checkpointing = True
-            changes["train.activation_checkpointing"] = "true"
-        elif "training" in over and t.tokens_per_microbatch > r.max_prompt_tokens + r.max_new_tokens:
-            t.tokens_per_microbatch //= 2  # it held more than one response
-            changes["train.tokens_per_microbatch"] = t.tokens_per_microbatch
-        elif "sampling" in over and r.max_rows > r.samples:
-            r.max_rows = max(r.samples, r.max_rows // 2)
-            changes["rollout.max_rows"] = r.max_rows
-        elif job.world < 4096:
-            job = replace(job, world=2 * job.world)
-            changes["devices"] = job.world
-        else:
-            return "it cannot fit: every device must hold the whole model and one group while sampling"
-    need = max(totals(job).values())
-    words = " ".join(f"{name}={value}" for name, value in changes.items())
-    return f"this would fit in {need / GIB:.1f} GiB: {words}"
-
-
 def capacity(cfg, device):
     """Bytes of memory that a process has: a GPU's, or its share of the machine's."""
     if cfg.gpus:
@@ -231,7 +209,7 @@ def check(job, least):
     if need[phase] > room:
         raise InputError(f"{phase} needs {need[phase] / GIB:.1f} GiB on each device ({job.world} in all), "
                          f"but only {room / GIB:.1f} GiB can be used ({USABLE:.0%} of {least / GIB:.1f}); "
-                         f"{advice(job, room)}")
+                         f"{WAYS_OUT[phase]}, or take more devices")
 
 
 def row(name, cells):
