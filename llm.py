@@ -118,9 +118,6 @@ class Tally:
         self.n, self.seconds = Counter(), []
         self.why = None  # the reason of the last failure
 
-    def count(self, kind, by=1):
-        self.n[kind] += by
-
     def take(self):
         """-> (counts, seconds of each call) since the last take."""
         taken = self.n, self.seconds
@@ -182,7 +179,7 @@ class Ask:
         self.request = {"model": s.model, "messages": messages, "temperature": s.temperature,
                         "max_tokens": s.max_tokens, "seed": seed}  # as the chat-completions API has it
         self.what = [self.request, schema_of(reply_class)]  # decides the reply
-        source.tally.count("asks")
+        source.tally.n["asks"] += 1
         known = source.cache.get(self.what)
         if known is not None:
             self.take(known, "cached")
@@ -193,7 +190,7 @@ class Ask:
         tally = self.source.tally
         if text is None:
             return self.end("failed")
-        tally.count(origin)
+        tally.n[origin] += 1
         try:  # the schema forbids further keys, but a reply that has some is usable
             self.result = self.reply_class.model_validate(parse_object(text), context=self.context,
                                                           extra="ignore")
@@ -207,7 +204,7 @@ class Ask:
         if self.repaired:
             return self.end("invalid")
         self.repaired = True
-        tally.count("repairs")
+        tally.n["repairs"] += 1
         if text:  # an empty reply is not shown again
             wanted = f"That cannot be used: {fault}. Answer again with the JSON object alone."
             messages = [*self.request["messages"], {"role": "assistant", "content": text[:4000]},
@@ -215,7 +212,7 @@ class Ask:
             self.request = {**self.request, "messages": messages}
 
     def end(self, outcome):
-        self.source.tally.count(outcome)
+        self.source.tally.n[outcome] += 1
         self.over = True
 
 
@@ -282,8 +279,8 @@ class Endpoint:
 
     def text_of(self, completion):
         if usage := getattr(completion, "usage", None):
-            self.tally.count("tokens_in", usage.prompt_tokens or 0)
-            self.tally.count("tokens_out", usage.completion_tokens or 0)
+            self.tally.n["tokens_in"] += usage.prompt_tokens or 0
+            self.tally.n["tokens_out"] += usage.completion_tokens or 0
         try:
             return completion.choices[0].message.content.encode(errors="replace").decode()
         except (AttributeError, IndexError, TypeError):  # a reply of another form, or without a text
@@ -347,6 +344,6 @@ class Local:
         responses = self.generate(policy.model, prompts, policy.ends, self.sampling, keys=keys)
         self.tally.seconds += [time.perf_counter() - began] * len(batch)
         for ask, prompt, (response,) in zip(batch, prompts, responses):
-            self.tally.count("tokens_in", len(prompt))
-            self.tally.count("tokens_out", len(response.tokens))
+            self.tally.n["tokens_in"] += len(prompt)
+            self.tally.n["tokens_out"] += len(response.tokens)
             ask.take(policy.text(response.tokens))
