@@ -222,7 +222,7 @@ class Extractor:
     def __init__(self, cfg):
         self.settings = how = cfg.hindsight
         read = cfg.data.lexicon and how.source != "annotations"  # they come before a lexicon that is mined
-        self.lexicon = lexicon.load(cfg.data.lexicon) if read else None
+        self.lexicon = lexicon.load(cfg.data.lexicon) if read else None  # always there for the rules
         self.goal = cfg.data.goal or (self.lexicon.goal if self.lexicon else "")
         self.source = llm.open_source("extractor", cfg) if how.source == "llm" else None
 
@@ -234,12 +234,10 @@ class Extractor:
         if self.source:
             for session, replies in llm.in_order(self.source, sessions, self.ask):
                 yield session, [reply.by_utterance for reply in replies if reply]
-        elif self.settings.source == "rules":
-            for session in sessions:
-                yield session, [partial(extract_rules, lex=self.lexicon.at(session.goal))]
         else:
             for session in sessions:
-                yield session, [extract_annotations]
+                lex = self.lexicon and self.lexicon.at(session.goal)
+                yield session, [partial(extract_rules, lex=lex) if lex else extract_annotations]
 
     def ask(self, session):
         utts = utterances(session.messages, self.settings.end_markers)
@@ -456,7 +454,7 @@ def build_file(cfg, name, out, extractor, seen):
 
 
 def by_hash(name, seed):
-    """A seeded hash, to sort names by: their order does not matter."""
+    """A seeded hash, to sort names or to share them out by: their order does not matter."""
     return hashlib.sha256(f"{seed}:{name}".encode()).digest()
 
 
