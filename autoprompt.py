@@ -19,7 +19,6 @@ are tried in turn. Two rounds without a better prompt end the search. An unusabl
 The result goes to prompts/calibrated/TYPE.md, all candidates with scores to run_dir/autoprompt/TYPE.jsonl
 and, as a table, TYPE.md. Scores and replies are kept, so an interrupted search goes on where it was.
 """
-import hashlib
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -129,8 +128,7 @@ def split(examples, seed):
     parts = [], []
     for example in examples:
         about = getattr(example, "session", None) or getattr(example, "turn", example)
-        digest = hashlib.sha256(f"{seed}:{about.session_id}".encode()).digest()
-        parts[digest[0] % 2].append(example)
+        parts[hindsight.by_hash(about.session_id, seed)[0] % 2].append(example)
     fewer = min(map(len, parts))
     if fewer < FEWEST // 2:
         raise InputError(f"split by session, one part has only {fewer} of the {len(examples)} examples; "

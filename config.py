@@ -38,9 +38,9 @@ from records import STOP, Exact, InputError, Share, explain, nearest, write_text
 class Stream(IntEnum):
     """Who draws random numbers: numpy's default_rng([seed, stream, ...]), so that no two users share noise.
 
-    Some choices hash instead of drawing: hindsight.by_hash and autoprompt.split take sha256 of "seed:name",
-    logs.is_held_out that of the session's id alone, and grading.sample_graded draws the responses to be
-    audited by turn and response.
+    Some choices hash instead of drawing: hindsight.by_hash takes sha256 of "seed:name" (for autoprompt.split
+    too), logs.is_held_out that of the session's id alone, and grading.sample_graded draws the responses to
+    be audited by turn and response.
     """
     ROLLOUT = 0  # [seed, 0, position in the stream of turns, sample]: training rollouts
     EVALUATION = 1  # [seed, 1, turn, sample]
