@@ -437,7 +437,7 @@ def sampled_responses(cfg, n):
     policy, cfg = load_policy(cfg), cfg.model_copy(deep=True)
     cfg.data.long_prompts = "drop"
     prompts = encode_prompts(policy.tokenizer, cfg.data.prompt, turns, cfg)
-    sampling = grading.sampling_of(cfg, cfg.eval.samples, cfg.eval.temperature, cfg.eval.top_p)
+    sampling = grading.sampling_of(cfg, evaluation=True)
     responses = rollout.generate(policy.model, [p.tokens for p in prompts], policy.ends, sampling)
     anchors = []
     for prompt, group in zip(prompts, responses):

@@ -56,8 +56,9 @@ def full_reward(judge):
 
 def evaluate(policy, judge, prompts, cfg, greedy=False, desc="evaluate"):
     """Sample responses to every prompt and grade them (collective) -> list of Rollout, on every rank."""
-    how = (1, 0) if greedy else (cfg.eval.samples, cfg.eval.temperature, cfg.eval.top_p)
-    sampling = grading.sampling_of(cfg, *how)
+    sampling = grading.sampling_of(cfg, evaluation=True)
+    if greedy:
+        sampling = replace(sampling, samples=1, temperature=0)
     keys = [(config.Stream.EVALUATION, i) for i in range(len(prompts))]
     groups, _ = grading.sample_graded(policy, full_reward(judge), prompts, keys, sampling, desc)
     return [rollout for group in groups for rollout in group.graded]

@@ -141,12 +141,12 @@ def grade(turn, responses, judge, verdicts={}):
     return [once[response].model_copy(update={"sample": i}) for i, response in enumerate(responses)]
 
 
-def sampling_of(cfg, samples=None, temperature=None, top_p=1.0):
-    """How a config samples: as in training, where no argument says otherwise."""
+def sampling_of(cfg, evaluation=False):
+    """How a config samples in training, or in an evaluation."""
     r = cfg.rollout
-    temperature = r.temperature if temperature is None else temperature
-    return Sampling(samples or r.samples, r.max_new_tokens, temperature, top_p, cfg.seed, r.max_rows,
-                    max(1, r.max_rows // r.samples))
+    how = cfg.eval if evaluation else r
+    return Sampling(how.samples, r.max_new_tokens, how.temperature, cfg.eval.top_p if evaluation else 1.0,
+                    cfg.seed, r.max_rows, max(1, r.max_rows // r.samples))
 
 
 def sample_graded(policy, judge, prompts, keys, sampling, desc="rollout"):

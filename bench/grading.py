@@ -43,7 +43,7 @@ def main():
     n, grader = cfg.train.prompts_per_step, load_prompt("prompts/grader.md")
     prompts = run.training_prompts(cfg, policy.tokenizer)[:n]
     judge = grading.open_judge(cfg)
-    sampling = grading.sampling_of(cfg, cfg.rollout.samples, cfg.rollout.temperature)
+    sampling = grading.sampling_of(cfg)
     groups, _ = grading.sample_graded(policy, judge, prompts, [(NOISE, i) for i in range(n)], sampling)
     asking = replace(judge, reward=judge.reward.model_copy(update={"grader": "llm"}))
     tokens = Counter()
