@@ -473,14 +473,16 @@ def divide(ids, data, seed):
 # ------------------------------------------------------------------------------------ for a person to look at
 
 def strangest(turns):
-    """-> {turn_id: why} of up to ten turns where s* and what the expert did differ."""
-    kinds = defaultdict(list)
+    """Print up to ten turns where s* and what the expert did differ. -> {turn_id: why}"""
+    strange = {}
     for turn in turns:
         asks_on = lexicon.expects_answer(turn.expert or "")
-        if asks_on != (turn.decision == "continue"):
-            why = f"s* is {turn.decision}, the expert asks {'on' if asks_on else 'nothing'}"
-            kinds[why].append(turn.turn_id)
-    return {turn_id: why for why, found in kinds.items() for turn_id in found[:STRANGE]}
+        why = f"s* is {turn.decision}, the expert asks {'on' if asks_on else 'nothing'}"
+        if asks_on != (turn.decision == "continue") and list(strange.values()).count(why) < STRANGE:
+            strange[turn.turn_id] = why
+            print(f"  strange: {turn.turn_id}: {why}: {shorten(turn.context[-1].content)} "
+                  f"-> {shorten(turn.expert)}, I* {turn.target}")
+    return strange
 
 
 class Mark(Turn):
@@ -513,13 +515,9 @@ def show(cfg, told):
     told: what was printed of the logs, for the page. A file of marks that is there stays.
     """
     folder, n = cfg.turns_path, cfg.hindsight.sample
+    path = folder / "marks.jsonl"
     turns = sorted(read_turns(folder / "train.jsonl"), key=lambda turn: by_hash(turn.turn_id, cfg.seed))
-    strange, path = strangest(turns), folder / "marks.jsonl"
-    for turn in turns:
-        if turn.turn_id in strange:
-            print(f"  strange: {turn.turn_id}: {strange[turn.turn_id]}: {shorten(turn.context[-1].content)} "
-                  f"-> {shorten(turn.expert)}, I* {turn.target}")
-    page = report.write_turns(folder / "turns.html", told, turns, strange)
+    page = report.write_turns(folder / "turns.html", told, turns, strangest(turns))
     print(f"wrote {page}: look at the labels before you train on them")
     if path.is_file():
         report_marks(path, turns)
