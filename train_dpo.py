@@ -67,7 +67,7 @@ def train_step(model, optimizer, batches, reference, pairs, t):
 
 
 def reference_logprobs(run, trees, inputs):
-    """Log-probs of all pairs under the base model -> {pair: (chosen, rejected)}.
+    """Log-probs of all pairs under the base model -> {pair: (chosen, rejected)} (collective).
 
     They are read from run_dir/reference.json where they were computed before from the same inputs (any JSON).
     """
@@ -75,15 +75,6 @@ def reference_logprobs(run, trees, inputs):
     kept = read_json(path, {})
     if kept.get("inputs") == inputs:
         return dict(kept["logprobs"])
-    found = sum(parallel.all_gather(compute_reference(run, trees)), [])
-    gc.collect()  # FSDP's modules refer to each other: without this the shards would stay beside the policy's
-    if run.rank == 0:
-        write_json(path, {"inputs": inputs, "logprobs": found})
-    return dict(found)
-
-
-def compute_reference(run, trees):
-    """The same for this rank's share of the pairs, as a list of items (collective)."""
     model, found = running.base_model(run), []
     at_once = 64 * run.world
     bar = tqdm(total=len(trees), desc="reference log-probs", unit=" pairs", disable=run.rank > 0)
@@ -95,7 +86,12 @@ def compute_reference(run, trees):
                 if batch.names:
                     found += zip(batch.names[::2], pair_sums(logp, batch).tolist())
             bar.update(len(some))
-    return found
+    del model
+    gc.collect()  # FSDP's modules refer to each other: without this the shards would stay beside the policy's
+    found = sum(parallel.all_gather(found), [])  # of all ranks
+    if run.rank == 0:
+        write_json(path, {"inputs": inputs, "logprobs": found})
+    return dict(found)
 
 
 def load_pairs(path, turns):
