@@ -407,16 +407,6 @@ def read_anchors(path, kind, skip_null=False):
     return anchors
 
 
-def load_anchors(path, kind):
-    if not Path(path).is_file():
-        raise InputError(f"{path} does not exist: it holds a person's labels, one {LINE[kind]} a line; "
-                         f"{ENOUGH}. `python autoprompt.py margin` lists what to label first")
-    anchors = read_anchors(path, kind)
-    if len(anchors) < FEWEST:
-        raise InputError(f"{path} holds {len(anchors)} anchors; {ENOUGH}")
-    return anchors
-
-
 def key_of(anchor):
     """What an anchor is about, whatever its label."""
     return anchor.model_dump_json(exclude={"score", "items"}, exclude_unset=True)
@@ -501,8 +491,13 @@ def calibrate(kind, cfg, own):
     if kind == "policy":
         examples = load_turns(cfg, "train")
         examples = Random(cfg.seed).sample(examples, min(POLICY_TURNS, len(examples)))
+    elif not Path(own.anchors).is_file():
+        raise InputError(f"{own.anchors} does not exist: it holds a person's labels, one {LINE[kind]} a "
+                         f"line; {ENOUGH}. `python autoprompt.py margin` lists what to label first")
     else:
-        examples = load_anchors(own.anchors, kind)
+        examples = read_anchors(own.anchors, kind)
+        if len(examples) < FEWEST:
+            raise InputError(f"{own.anchors} holds {len(examples)} anchors; {ENOUGH}")
     print(f"{len(examples)} examples for the {kind} prompt")
     score, file, files = scorer(kind, cfg, own.match)
     first, parts = load_prompt(file, PLACEHOLDERS[kind]), split(examples, cfg.seed)
