@@ -401,9 +401,8 @@ def resolve(path, files=("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model
     try:
         return Path(snapshot_download(path, allow_patterns=list(files)))
     except Exception as error:  # the hub's many errors (offline, unknown id, no access) all mean: no weights
-        reason = str(error).strip().splitlines()[0]
         raise InputError(f"model.path: {path!r} is neither a local folder nor a hub id that could be "
-                         f"downloaded ({reason})")
+                         f"downloaded ({str(error).strip().splitlines()[0]})")
 
 
 def local_rows(rows, rank, world):

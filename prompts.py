@@ -67,8 +67,8 @@ def load_tokenizer(path):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # transformers raises many kinds; all mean: no usable tokenizer
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"model.path: no tokenizer could be loaded from {str(path)!r} ({reason})")
+        raise InputError(f"model.path: no tokenizer could be loaded from {str(path)!r} "
+                         f"({str(error).strip().splitlines()[0]})")
     if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):  # made without complaint
         raise InputError(f"model.path: the tokenizer at {path} is empty: its tokenizer.json is missing")
     rows = read_json(Path(path) / "config.json", {}).get("vocab_size")
