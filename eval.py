@@ -155,12 +155,12 @@ def read_rows(runs):
     """
     rows = {}
     for run in map(Path, dict.fromkeys(runs)):
-        for name in ("eval.json", *DECODINGS.values()):
-            if not (run / name).is_file():
-                raise InputError(f"{run / name} does not exist: run eval.py with that run's config first")
-        row, found = rows.setdefault(run.resolve().name, defaultdict(list)), read_json(run / "eval.json")
+        path = run / "eval.json"
+        if not path.is_file():
+            raise InputError(f"{path} does not exist: run eval.py with that run's config first")
+        row, found = rows.setdefault(run.resolve().name, defaultdict(list)), read_json(path)
         if "config" not in found:
-            raise InputError(f"{run / 'eval.json'} does not tell its config: run eval.py with it again")
+            raise InputError(f"{path} does not tell its config: run eval.py with it again")
         made = same_but_seed(found["config"])
         for name, value in row.setdefault("made", made).items():
             if made.get(name) != value:
