@@ -19,7 +19,7 @@ from tqdm import tqdm
 import config
 import parallel
 from model import local, shard_rows
-from records import InputError, file_hash, hash_of, read_json, read_jsonl, write_json, write_jsonl
+from records import InputError, file_hash, hash_of, read_json, read_log, write_json, write_jsonl
 
 
 def open_run(cfg, rank):
@@ -155,9 +155,7 @@ class Log:
             return
         run = cfg.run_path
         path = run / "metrics.jsonl"
-        if path.is_file():
-            write_jsonl(path, [m for _, m in read_jsonl(path, lambda n, reason: None)
-                               if step and m["step"] <= step])
+        write_jsonl(path, [m for m in read_log(run) if step and m["step"] <= step])
         self.file = open(path, "a", encoding="utf-8")
         self.bar = tqdm(total=total, initial=step, desc=run.name, unit="step")
         if cfg.wandb.mode != "disabled":

@@ -40,7 +40,7 @@ from metrics import (
     table,
 )
 from prompts import encode_prompts, load_tokenizer, load_turns, read_turns
-from records import InputError, cli, lock, read_json, read_jsonl, write_json, write_jsonl, write_text
+from records import InputError, cli, lock, read_json, read_log, write_json, write_jsonl, write_text
 from rollout import load_policy
 
 DECODINGS = {"sampled": "graded.jsonl", "greedy": "graded_greedy.jsonl"}
@@ -99,8 +99,7 @@ def evaluate_run(cfg):
         print(table(name, sampled, {"greedy": greedy}))
         for how, file in DECODINGS.items():
             write_jsonl(run / file, graded[how])
-        log = run / "metrics.jsonl"
-        steps = max((line["step"] for _, line in read_jsonl(log)), default=0) if log.is_file() else 0
+        steps = max((line["step"] for line in read_log(run)), default=0)
         write_json(run / "eval.json", {**sampled, "model": str(folder), "decoding": name, "steps": steps,
                                        "samples": cfg.eval.samples, "turns": world,
                                        "config": config.flatten(cfg), "greedy": greedy})

@@ -310,6 +310,12 @@ def read_jsonl(path, on_bad=None):
                 on_bad(n, reason)
 
 
+def read_log(run):
+    """The lines of a run's metrics.jsonl, if there is one. A killed run may have left half a line."""
+    path = run / "metrics.jsonl"
+    return [line for _, line in read_jsonl(path, lambda n, why: None)] if path.is_file() else []
+
+
 def read_records(path, kind, way_out=""):
     """Yield (line number, record) for each line. A bad line raises InputError; way_out ends its message."""
     for n, obj in read_jsonl(path):

@@ -30,7 +30,7 @@ from records import (
     Turn,
     cli,
     read_json,
-    read_jsonl,
+    read_log,
     read_records,
     write_text,
 )
@@ -147,9 +147,7 @@ def read_run(folder, name, colour):
     if not any((folder / name).is_file() for name in FILES):
         bad = f"holds none of {', '.join(FILES)}" if folder.is_dir() else "is not a folder"
         raise InputError(f"{folder} {bad}: name the run_dir of a run of train_grpo.py or eval.py")
-    log, lines = folder / "metrics.jsonl", []
-    if log.is_file():  # of a killed run the last line may be half a line
-        lines = [m for _, m in read_jsonl(log, on_bad=lambda n, reason: None) if known(m.get("step"))]
+    lines = [m for m in read_log(folder) if known(m.get("step"))]
     steps = [m for m in lines if m["step"] > 0]
     evals = [{**m["eval"], "step": m["step"]} for m in lines if isinstance(m.get("eval"), dict)]
     result = read_json(folder / "eval.json", {})
