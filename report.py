@@ -3,10 +3,10 @@
     python report.py RUN [RUN ...] [--out FILE]   # default: report.html in RUN; of several, in their parent
 
 A run folder may hold any part of metrics.jsonl (curves), eval.json (the table), config.yaml (what it is) and
-groups_before.jsonl, groups_after.jsonl (responses at held-out turns before and after training; without them,
-some turns of graded.jsonl). The reward curves follow the paper's Figure 4 (arXiv 2510.25441). plotly.js is in
-the page, whose security policy forbids every request. Where plotly is not installed, the page has no curves
-and says so. Texts are data: only `esc` brings them into HTML, only `label` into plotly.
+groups_before.jsonl, groups_after.jsonl (responses at held-out turns before and after training). The reward
+curves follow the paper's Figure 4 (arXiv 2510.25441). plotly.js is in the page, whose security policy forbids
+every request. Where plotly is not installed, the page has no curves and says so. Texts are data: only `esc`
+brings them into HTML, only `label` into plotly.
 """
 import argparse
 import html
@@ -21,8 +21,6 @@ from statistics import fmean
 from string import Template
 
 import config
-from metrics import load_graded
-from prompts import read_turns
 from records import (
     InputError,
     Record,
@@ -37,9 +35,8 @@ from records import (
 from reward import advantages
 
 # One of these is enough.
-FILES = "metrics.jsonl eval.json groups_before.jsonl groups_after.jsonl graded.jsonl".split()
+FILES = "metrics.jsonl eval.json groups_before.jsonl groups_after.jsonl".split()
 TURNS = 300  # training turns on hindsight.py's page
-SHOWN = 24  # turns of graded.jsonl to show where a run has no groups files
 COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #8c7ae6 #8a8a8a".split()  # six: Okabe-Ito
 DASHES = "solid dot dash dashdot".split()
 VISIBLE = {c: 0x2400 + c for c in range(32) if c not in (9, 10)}  # control characters get a picture
@@ -163,7 +160,7 @@ def read_run(folder, name, colour):
 
 
 def read_groups(folder):
-    """-> [(turn, {side: its Rollouts})]: before and after training, else some turns of graded.jsonl."""
+    """-> [(turn, {side: its Rollouts})]: before and after training."""
     found, sides = {}, {f"{when} training": path for when in ("before", "after")
                         if (path := folder / f"groups_{when}.jsonl").is_file()}
     for side, path in sides.items():
@@ -171,14 +168,7 @@ def read_groups(folder):
             new = group.turn, dict.fromkeys(sides, ())
             _, graded = found.setdefault(group.turn.turn_id, new)
             graded[side] = group.graded
-    turns, rollouts = folder / "turns" / "eval.jsonl", folder / "graded.jsonl"
-    if sides or not (turns.is_file() and rollouts.is_file()):
-        return list(found.values())
-    for g in load_graded(rollouts):
-        found.setdefault(g.turn_id, []).append(g)
-    groups = [(t, {"at evaluation": found[t.turn_id]}) for t in read_turns(turns) if t.turn_id in found]
-    shown = min(SHOWN, len(groups))
-    return [groups[k * len(groups) // shown] for k in range(shown)]  # spread over the file
+    return found.values()
 
 
 def plotly_js():
