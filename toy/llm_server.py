@@ -11,7 +11,8 @@ over-fits. The shipped prompts make it fully competent: as extractor it finds wh
 grader it says what reward.r_a_rules says.
 
 It misbehaves as it is told: first by `script`, a list of one entry a request (None: behave), then with
-probability `faults`, drawn by (seed, request, how often it was asked) from `kinds`. `noise` is the share of
+probability `faults`, drawn by (seed, request, how often it was asked) from `kinds`. EVERY names all kinds
+that do not end a run at once, HARMLESS those whose reply is usable all the same. `noise` is the share of
 replies that vary with the request's seed.
 """
 import argparse
@@ -268,13 +269,55 @@ def check_request(body, models):
         raise Refuse(404, f"The model `{model}` does not exist.")
 
 
-UNUSABLE = {
-    "types": '{"items": "none", "score": "high", "utterance": 3, "prompt": ["x"]}',
+FIELDS = ('{"items": VALUE, "score": VALUE, "questions": VALUE, "utterance": VALUE, "prompt": VALUE, '
+          '"matched": VALUE}')
+VALUES = {"nan": "NaN", "huge": "1e999", "digits": "9" * 5000, "texts": '"1"', "nulls": "null"}
+# What the model says instead. REPLY: its reply, REST: that without the first brace, KEY: the key it was sent.
+SAID = {name: FIELDS.replace("VALUE", value) for name, value in VALUES.items()} | {
+    "types": '{"items": "none", "score": "high", "utterance": 3, "prompt": ["x"], "matched": 1}',
     "range": '{"items": [{"utterance": 999, "slot": "fever", "value": "no"}], "score": 7, "questions": -1, '
-             '"utterance": "", "prompt": ""}',
-    "null": None}
-PAGES = {"html": (b"<html>502 Bad Gateway</html>", "text/html"),
-         "nojson": (b'{"id": "chatcmpl-', "application/json")}
+             '"utterance": "", "prompt": "", "matched": [0]}',
+    "enum": '{"items": [{"utterance": 0, "slot": "x", "value": "y"}], "score": 0.7, "questions": 1, '
+            '"utterance": " ", "prompt": " ", "matched": [99999]}',
+    "mute": "", "refusal": "I cannot help with that.", "array": "[[REST]]",
+    "quotes": "{'score': 1}", "prose": "Sure, here it is:\n```json\nREPLY\n```\nAnything else?",
+    "think": '<think>Perhaps {"score": 0.5}? REPLY</think>\nREPLY', "half think": "<think>So REPLY",
+    "two": "REPLY or REPLY", "twice": '{"score": 0, "items": [], "utterance": "a", "prompt": "b", REST',
+    "more": '{"more": {"why": [1, null]}, REST', "half pair": '{"more": "\\ud83d", REST',
+    "braces": "{" * 200_000, "strings": '{"' * 100_000, "deep": '{"a":' * 50_000,
+    "echo": "You sent Bearer KEY\nREPLY", "echo only": "You sent Bearer KEY"}
+# What stands in the API's object instead.
+TOLD = {
+    "empty": '{"choices": []}', "lame": '{"id": 3, "choices": [{"index": 0}], "usage": {}}',
+    "null": '{"choices": [{"message": {"content": null}}]}',
+    "parts": '{"choices": [{"message": {"content": ["x"]}}]}',
+    "usage": '{"usage": 7}', "counts": '{"usage": {"prompt_tokens": "x", "completion_tokens": -1e300}}',
+    "choices": '{"choices": {"0": {}}}', "no choices": '{"choices": null}',
+    "no message": '{"choices": [{"message": null}]}',
+    "model": '{"model": "another", "id": null, "object": 1}'}
+# What is sent word for word before the connection is closed.
+WIRE = {
+    "drop": b"", "header": b"HTTP/1.1 200 OK\r\nContent-Le", "babble": b"\0\xff\r\n\r\n",
+    "html": b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<html>502 Bad Gateway</html>",
+    "nojson": b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n{"id": "chatcmpl-',
+    "list": b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n[1, 2]",
+    "object": b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\nnull",
+    "brackets": b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n" + b"[" * 100_000,
+    "headers": b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n{"headers": ["Bearer KEY"]}',
+    "stream": b'HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: {"choices": []}\n\n',
+    "nothing": b"HTTP/1.1 200 OK\r\n\r\n", "no content": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "short": b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{",
+    "chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}",
+    "gzip": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd",
+    "loop": b"HTTP/1.1 307 X\r\nLocation: /v1/chat/completions\r\nContent-Length: 0\r\n\r\n",
+    "away": b"HTTP/1.1 302 X\r\nLocation: /v1/models\r\nContent-Length: 0\r\n\r\n",
+    "nowhere": b"HTTP/1.1 308 X\r\nLocation: http://[\xff\r\nContent-Length: 0\r\n\r\n",
+    "drip": b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n"}
+STATUS = "400 408 409 422 429 500 501 502 503 504".split()
+# What becomes of a reply's bytes.
+BYTES = {"bom": lambda data: b"\xef\xbb\xbf" + data, "bytes": lambda data: data.replace(b": {", b": {\xff")}
+HARMLESS = "prose think more echo usage counts model bom".split()
+EVERY = [*SAID, *TOLD, *WIRE, *STATUS, *BYTES, "cut", "long", "hang"]
 
 
 def completion(body, number, content, finish):
@@ -285,16 +328,6 @@ def completion(body, number, content, finish):
             "model": body["model"],
             "choices": [{"index": 0, "message": message, "finish_reason": finish, "logprobs": None}],
             "usage": {"prompt_tokens": sent, "completion_tokens": made, "total_tokens": sent + made}}
-
-
-def deformed(done, fault):
-    """A completion of another form."""
-    if fault == "empty":
-        return done | {"choices": []}
-    if fault == "parts":
-        message = done["choices"][0]["message"]
-        message["content"] = [message["content"]]
-    return {"list": [1, 2], "lame": {"id": 3, "choices": [{"index": 0}], "usage": {}}}.get(fault, done)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -336,9 +369,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def complete(self, body):
         server = self.server
-        key, number, fault = server.note(body, self.headers.get("Authorization") or "")
-        if fault in ("drop", "hang") or fault in PAGES or fault and fault.isdigit():
-            return self.misbehave(fault)
+        authorization = self.headers.get("Authorization") or ""
+        key, number, fault = server.note(body, authorization)
+        if fault in WIRE or fault == "hang" or fault and fault.isdigit():
+            return self.misbehave(fault, authorization[7:])
         if body.get("response_format") and not server.schemas:
             raise Refuse(400, "response_format json_schema is not supported")
         check_request(body, server.models)
@@ -348,30 +382,29 @@ class Handler(BaseHTTPRequestHandler):
         most = 4 * body.get("max_tokens", 10 ** 9)
         if fault == "cut" or len(content) > most:
             content, finish = content[:min(len(content) // 2, most)], "length"
-        if fault == "prose":
-            content = f"Sure, here it is:\n```json\n{content}\n```\nAnything else?"
-        if fault in (None, "prose"):
+        said = SAID.get(fault, "REPLY").replace("KEY", authorization[7:])
+        content = said.replace("REST", content[1:]).replace("REPLY", content)
+        if fault in (None, *HARMLESS):
             with server.lock:
                 server.answered[key, body.get("temperature"), body.get("seed")] += 1
-        done = completion(body, number, UNUSABLE.get(fault, content), finish)
-        self.reply(200, deformed(done, fault))
+        done = completion(body, number, content, finish) | json.loads(TOLD.get(fault, "{}"))
+        data = BYTES.get(fault, bytes)(json.dumps(done).encode())
+        self.reply(200, data, **{"Content_Length": 30} if fault == "long" else {})
 
-    def misbehave(self, fault):
-        """Faults below the API: no reply, a page, an HTTP error."""
-        server, key = self.server, (self.headers.get("Authorization") or "")[7:]
-        if fault == "drop":
-            self.close_connection = True
-            self.connection.close()
-        elif fault == "hang":
-            self.close_connection = True
-            server.closing.wait(server.hang_s)
-        elif fault in PAGES:
-            self.reply(200, *PAGES[fault])
-        else:
+    def misbehave(self, fault, secret):
+        """Faults below the API: no reply, a part of one, a page, an HTTP error."""
+        server = self.server
+        if fault.isdigit():
             wait = server.retry_after and fault in ("429", "500", "503")
-            secret = f" Incorrect API key provided: {key}." if fault == "401" else ""
+            told = f" Incorrect API key provided: {secret}." if fault == "401" else ""
             headers = {"Retry_After": server.retry_after} if wait else {}
-            self.fail(int(fault), f"This is a {fault}.{secret}", **headers)
+            return self.fail(int(fault), f"This is a {fault}.{told}", **headers)
+        self.close_connection = True
+        self.wfile.write(WIRE.get(fault, b"").replace(b"KEY", secret.encode()))
+        if fault == "hang":
+            server.closing.wait(server.hang_s)
+        while fault == "drip" and not server.closing.wait(server.drip_s):
+            self.wfile.write(b" ")
 
 
 class Server(ThreadingHTTPServer):
@@ -379,11 +412,12 @@ class Server(ThreadingHTTPServer):
 
     Settings, which may be changed on the way: faults, kinds, script and texts (what the fault "text" says),
     seed, noise, delay (from, to, in seconds), schemas (are they supported?), models (names), retry_after,
-    hang_s, record (keep bodies and times). Counted: requests, most (at once), asked, answered, keys.
+    hang_s, drip_s (from a byte to the next), record (keep bodies and times). Counted: requests, most (at
+    once), asked, answered, keys.
     """
     daemon_threads, block_on_close, request_queue_size, allow_reuse_address = True, False, 1024, True
     faults, kinds, script, texts, seed, noise, delay, schemas = 0.0, FAULTS, (), (), 0, 0.0, None, True
-    models, retry_after, hang_s, record = ("toy",), "0.05", 600, False
+    models, retry_after, hang_s, drip_s, record = ("toy",), "0.05", 600, 0.1, False
 
     def __init__(self, lexicon_path, port=0, **settings):
         super().__init__(("127.0.0.1", port), Handler)
