@@ -21,6 +21,7 @@ import functools
 import itertools
 import json
 import os
+import random
 import sqlite3
 import threading
 import time
@@ -35,6 +36,7 @@ from config import Stream, need
 from prompts import PROMPTS, apply_template, load_prompt
 from records import InputError, explain, hash_of, identity
 
+PAUSE = 0.5  # seconds after a failed attempt, doubled with each further one, up to eight
 GIVE_UP = 40  # asks in a row that the server left unanswered, retries included: it is down
 
 
@@ -220,6 +222,16 @@ class Ask:
 
 REFUSED = (400, 422)  # HTTP: the server refuses this ask (too long, say), not any
 DENIED = (401, 403, 404)  # HTTP: it will answer no ask
+AGAIN = (408, 409, 429)  # HTTP: it may answer the next attempt, as after an error of its own (500 and above)
+
+
+def pause(error, attempt):
+    """Seconds to wait after a failed attempt: as the server says (Retry-After), else longer each time."""
+    try:
+        told = float(error.response.headers["Retry-After"])
+    except (AttributeError, LookupError, ValueError):
+        told = 0
+    return told if 0 < told <= 60 else PAUSE * 2 ** min(attempt, 4) * random.uniform(0.75, 1)
 
 
 class Endpoint:
@@ -229,8 +241,7 @@ class Endpoint:
         import openai
         self.role, self.settings, self.openai = role, settings, openai
         key = os.environ.get(settings.api_key_env) or "EMPTY"
-        self.client = openai.AsyncOpenAI(base_url=settings.base_url, api_key=key, timeout=settings.timeout_s,
-                                         max_retries=settings.retries)
+        self.client = openai.AsyncOpenAI(base_url=settings.base_url, api_key=key, timeout=None, max_retries=0)
         self.schema_known, self.in_a_row = True, 0
         self.gate = asyncio.Semaphore(settings.concurrency)
         self.loop = asyncio.new_event_loop()
@@ -253,12 +264,19 @@ class Endpoint:
 
         Raises Unanswered where the server denies everything, or has left GIVE_UP asks in a row unanswered.
         """
+        s = self.settings
         async with self.gate:
             began = time.perf_counter()
-            try:
-                completion = await self.complete(ask)
-            except (self.openai.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
-                return self.unanswered(error)
+            for attempt in itertools.count():
+                try:
+                    async with asyncio.timeout(s.timeout_s):  # to its last byte: a server may drip
+                        completion = await self.complete(ask)
+                    break
+                except (self.openai.OpenAIError, OSError, ValueError) as error:
+                    status = getattr(error, "status_code", 500)  # none: no connection, or no reply in time
+                    if attempt == s.retries or status < 500 and status not in AGAIN:
+                        return self.unanswered(error)
+                    await asyncio.sleep(pause(error, attempt))
             self.tally.seconds.append(time.perf_counter() - began)
         self.in_a_row = 0
         return self.text_of(completion)
@@ -289,7 +307,8 @@ class Endpoint:
     def unanswered(self, error):
         """Note an error of the client. -> None; raises Unanswered where it is the end."""
         s, status = self.settings, getattr(error, "status_code", None)
-        told = f"{type(error).__name__}: {error}".replace(self.client.api_key, "***")
+        reason = str(error) or f"no whole reply within llm.{self.role}.timeout_s={s.timeout_s}"
+        told = f"{type(error).__name__}: {reason}".replace(self.client.api_key, "***")
         self.tally.why = " ".join(told.split())[:300]
         self.in_a_row += status not in REFUSED
         if status in DENIED or self.in_a_row >= GIVE_UP:

@@ -46,6 +46,8 @@ MISBEHAVIOUR = """
     list                    well    2 2 1
     parts                   well    2 2 1
     lame                    well    2 2 1
+    drip                    well    2 1 0
+    gzip 408                well    3 1 0
     types cut               invalid 2 2 1
     empty empty             invalid 2 2 1
     types 500 500 500       failed  4 1 1
@@ -53,7 +55,8 @@ MISBEHAVIOUR = """
     429 429 429             failed  3 0 0
     hang hang hang          failed  3 0 0
     drop drop drop          failed  3 0 0
-    nojson                  failed  1 0 0
+    drip drip drip          failed  3 0 0
+    nojson nojson nojson    failed  3 0 0
 """.strip("\n").splitlines()
 
 
@@ -62,7 +65,7 @@ def test_misbehaviour(line, serve, source_of):
     """The client retries, one further ask repairs; then the ask is invalid or failed: None, and counted."""
     *script, end, requests, calls, repairs = line.split()
     requests, calls, repairs = int(requests), int(calls), int(repairs)
-    server = serve(script=script)
+    server = serve(script=[fault.replace("_", " ") for fault in script])
     source = source_of(server, retries=2, timeout_s=0.3)
     assert graded(source) == (WELL if end == "well" else None)
     n = counts(source)
