@@ -33,8 +33,13 @@ import numpy as np
 from pydantic import ValidationError
 
 from config import Stream, need
+<<<<<<< HEAD
 from prompts import PROMPTS, apply_template, load_prompt
 from records import InputError, explain, hash_of, identity
+=======
+from prompts import PROMPTS, apply_template, end_ids, load_prompt, load_tokenizer, text_of
+from records import InputError, explain, hash_of, identity, shorten
+>>>>>>> 3fd2e9a (An answer of another form than the API's is one unusable reply with a reason, never a traceback (brackets, usage 7, choices an object))
 
 PAUSE = 0.5  # seconds after a failed attempt, doubled with each further one, up to eight
 GIVE_UP = 40  # asks in a row that the server left unanswered, retries included: it is down
@@ -187,13 +192,21 @@ class Ask:
             self.take(known, "cached")
 
     def take(self, text, origin="calls"):
-        """A reply, or None where there was none in spite of all retries. One that cannot be used is repaired:
-        the request is then to be sent once more, and says what was wrong."""
+        """A reply, a ValueError that says why it holds no text, or None where there was none in spite of all
+        retries. One that cannot be used is repaired: the request is then to be sent once more, and says what
+        was wrong."""
         tally = self.source.tally
         if text is None:
             return self.end("failed")
+<<<<<<< HEAD
         tally.n[origin] += 1
+=======
+        tally.count(origin)
+        fault, text = (text, "") if isinstance(text, ValueError) else (None, text)
+>>>>>>> 3fd2e9a (An answer of another form than the API's is one unusable reply with a reason, never a traceback (brackets, usage 7, choices an object))
         try:  # the schema forbids further keys, but a reply that has some is usable
+            if fault:
+                raise fault
             self.result = self.reply_class.model_validate(parse_object(text), context=self.context,
                                                           extra="ignore")
         except ValueError as error:
@@ -202,7 +215,7 @@ class Ask:
             if origin == "calls":  # an unusable reply is not kept: the next run asks again
                 self.source.cache.put(self.what, text)
             return self.end("answered")
-        tally.why = f"{fault}, in {text[:200]!r}"
+        tally.why = f"{fault}, in {text[:200]!r}" if text else str(fault)
         if self.repaired:
             return self.end("invalid")
         self.repaired = True
@@ -260,7 +273,7 @@ class Endpoint:
         return ask.result
 
     async def call(self, ask):
-        """-> the reply's text ("" where it holds none), or None where all retries gave none.
+        """-> the reply's text, a ValueError that says why it holds none, or None where all retries gave none.
 
         Raises Unanswered where the server denies everything, or has left GIVE_UP asks in a row unanswered.
         """
@@ -270,20 +283,20 @@ class Endpoint:
             for attempt in itertools.count():
                 try:
                     async with asyncio.timeout(s.timeout_s):  # to its last byte: a server may drip
-                        completion = await self.complete(ask)
+                        response = await self.complete(ask)
                     break
-                except (self.openai.OpenAIError, OSError, ValueError) as error:
+                except (self.openai.OpenAIError, OSError) as error:
                     status = getattr(error, "status_code", 500)  # none: no connection, or no reply in time
                     if attempt == s.retries or status < 500 and status not in AGAIN:
                         return self.unanswered(error)
                     await asyncio.sleep(pause(error, attempt))
             self.tally.seconds.append(time.perf_counter() - began)
         self.in_a_row = 0
-        return self.text_of(completion)
+        return self.text_of(response.content)
 
     async def complete(self, ask):
         """One call of the API, with the JSON schema of the reply if the server takes schemas."""
-        create = functools.partial(self.client.chat.completions.create, **ask.request)
+        create = functools.partial(self.client.chat.completions.with_raw_response.create, **ask.request)
         if self.schema_known:
             schema = {"name": self.role, "schema": schema_of(ask.reply_class), "strict": True}
             try:
@@ -291,18 +304,30 @@ class Endpoint:
             except self.openai.APIStatusError as error:
                 if error.status_code not in REFUSED:
                     raise
-        completion = await create()
+        response = await create()
         self.schema_known = False  # what the server refused was the schema: plain JSON from now on
-        return completion
+        return response
 
+<<<<<<< HEAD
     def text_of(self, completion):
         if usage := getattr(completion, "usage", None):
             self.tally.n["tokens_in"] += usage.prompt_tokens or 0
             self.tally.n["tokens_out"] += usage.completion_tokens or 0
+=======
+    def text_of(self, body):
+        """The bytes of an answer -> the reply's text, or a ValueError that says why it holds none."""
+        body = body.decode("utf-8-sig", "backslashreplace")  # what is no UTF-8 makes it no JSON either
+>>>>>>> 3fd2e9a (An answer of another form than the API's is one unusable reply with a reason, never a traceback (brackets, usage 7, choices an object))
         try:
-            return completion.choices[0].message.content.encode(errors="replace").decode()
-        except (AttributeError, IndexError, TypeError):  # a reply of another form, or without a text
-            return ""
+            answer = json.loads(body)
+            for kind, name in {"tokens_in": "prompt_tokens", "tokens_out": "completion_tokens"}.items():
+                used = answer.get("usage")  # it decides nothing
+                n = isinstance(used, dict) and used.get(name)
+                if isinstance(n, int) and 0 < n < 1e9:
+                    self.tally.n[kind] += n
+            return answer["choices"][0]["message"]["content"].encode(errors="replace").decode()
+        except (ValueError, RecursionError, AttributeError, LookupError, TypeError) as error:
+            return ValueError(f"not an answer of this API ({error!r}): {shorten(body)}")
 
     def unanswered(self, error):
         """Note an error of the client. -> None; raises Unanswered where it is the end."""
