@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import random
+import re
 import sqlite3
 import threading
 import time
@@ -33,15 +34,11 @@ import numpy as np
 from pydantic import ValidationError
 
 from config import Stream, need
-<<<<<<< HEAD
 from prompts import PROMPTS, apply_template, load_prompt
-from records import InputError, explain, hash_of, identity
-=======
-from prompts import PROMPTS, apply_template, end_ids, load_prompt, load_tokenizer, text_of
 from records import InputError, explain, hash_of, identity, shorten
->>>>>>> 3fd2e9a (An answer of another form than the API's is one unusable reply with a reason, never a traceback (brackets, usage 7, choices an object))
 
 PAUSE = 0.5  # seconds after a failed attempt, doubled with each further one, up to eight
+LONGEST, BRACES = 500_000, 2000  # a longer reply, or one with more braces, is not read
 GIVE_UP = 40  # asks in a row that the server left unanswered, retries included: it is down
 
 
@@ -88,13 +85,16 @@ class Cache:
 
 
 def parse_object(text):
-    """The one JSON object of a reply. Prose or a code fence may stand around it.
+    """The one JSON object of a reply. Prose or a code fence may stand around it, <think> before it.
 
-    Raises ValueError where there is no object, or more than one.
+    Raises ValueError where there is no object, or more than one, or more text than any reply needs.
 
     >>> parse_object('Here: {"score": 0.5}'), parse_object('```json\\n{"a": "}"}\\n```')
     ({'score': 0.5}, {'a': '}'})
     """
+    text = re.sub(r"\A\s*<think>.*?(</think>|\Z)", "", text, flags=re.S)
+    if len(text) > LONGEST or text.count("{") > BRACES:
+        raise ValueError(f"more than {LONGEST:,} characters or {BRACES:,} braces")
     found, at, decode = [], 0, json.JSONDecoder(strict=False).raw_decode
     while (at := text.find("{", at)) >= 0:
         try:
@@ -198,18 +198,14 @@ class Ask:
         tally = self.source.tally
         if text is None:
             return self.end("failed")
-<<<<<<< HEAD
         tally.n[origin] += 1
-=======
-        tally.count(origin)
         fault, text = (text, "") if isinstance(text, ValueError) else (None, text)
->>>>>>> 3fd2e9a (An answer of another form than the API's is one unusable reply with a reason, never a traceback (brackets, usage 7, choices an object))
         try:  # the schema forbids further keys, but a reply that has some is usable
             if fault:
                 raise fault
             self.result = self.reply_class.model_validate(parse_object(text), context=self.context,
                                                           extra="ignore")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             fault = explain(error) if isinstance(error, ValidationError) else error
         else:
             if origin == "calls":  # an unusable reply is not kept: the next run asks again
@@ -308,16 +304,9 @@ class Endpoint:
         self.schema_known = False  # what the server refused was the schema: plain JSON from now on
         return response
 
-<<<<<<< HEAD
-    def text_of(self, completion):
-        if usage := getattr(completion, "usage", None):
-            self.tally.n["tokens_in"] += usage.prompt_tokens or 0
-            self.tally.n["tokens_out"] += usage.completion_tokens or 0
-=======
     def text_of(self, body):
         """The bytes of an answer -> the reply's text, or a ValueError that says why it holds none."""
         body = body.decode("utf-8-sig", "backslashreplace")  # what is no UTF-8 makes it no JSON either
->>>>>>> 3fd2e9a (An answer of another form than the API's is one unusable reply with a reason, never a traceback (brackets, usage 7, choices an object))
         try:
             answer = json.loads(body)
             for kind, name in {"tokens_in": "prompt_tokens", "tokens_out": "completion_tokens"}.items():

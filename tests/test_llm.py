@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from pydantic import field_validator
@@ -13,7 +14,7 @@ import grading
 import llm
 import rollout
 from asking import QUESTION, TURN, ask, counts, graded, values
-from config import Stream
+from config import RoleConfig, Stream
 from prompts import PROMPTS
 from records import InputError, Reply
 from toy.llm_server import role_of
@@ -52,6 +53,9 @@ MISBEHAVIOUR = """
     no_choices              well    2 2 1
     no_message              well    2 2 1
     usage                   well    1 1 0
+    think                   well    1 1 0
+    half_think              well    2 2 1
+    two                     well    2 2 1
     drip                    well    2 1 0
     gzip 408                well    3 1 0
     types cut               invalid 2 2 1
@@ -296,16 +300,32 @@ def test_two_processes_share_a_cache(tmp_path, serve, source_of):
     ('{"a": 1}', {"a": 1}), (' \n{"a": {"b": [{}]}}\n', {"a": {"b": [{}]}}),
     ('x {y} {"a": "{\\"b\\": 2}"} z', {"a": '{"b": 2}'}), ('He said "{" and {"score": 1}', {"score": 1}),
     ('```json\n{"a": "```"}\n```', {"a": "```"}), ('{"a": "😷"}', {"a": "😷"}),
-    ('{"candidate": "x", {"score": 1}', {"score": 1})])
+    ('{"candidate": "x", {"score": 1}', {"score": 1}),
+    ('\n<think>{"a": 2} or {"a": 3}?</think>\n{"a": 1}', {"a": 1}), ("{x} " * 900 + '{"a": 1}', {"a": 1})])
 def test_parse_object(text, value):
     assert llm.parse_object(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "no", "[1]", '{"a": 1', '{"a": 1} {"a": 2}', "{'a': 1}", '{"a": 1}' * 2,
-                                  "{" * 5000, '{"a":' * 3000, '{"a": "\\ud83d"}'])
+                                  '{"a": "\\ud83d"}', '<think>so {"a": 1}', '{"a": 1} </think>{"a": 2}',
+                                  "{" * 10 ** 6, '{"a":' * 10 ** 5,
+                                  '{"' * 10 ** 5, '{"a": 1' * 10 ** 5, "x" * 10 ** 6 + '{"a": 1}'],
+                         ids=lambda text: text[:20])
 def test_no_object_or_several(text):
+    """In no time, however long: the work grows with the length alone."""
+    began = time.perf_counter()
     with pytest.raises(ValueError):
-        llm.parse_object(text)
+        Number.model_validate(llm.parse_object(text))
+    assert time.perf_counter() - began < 2
+
+
+def test_an_object_of_any_depth():
+    """Some are deep enough to be read and too deep to be shown or checked: one unusable reply each."""
+    cache = SimpleNamespace(get=lambda what: None)
+    source = SimpleNamespace(settings=RoleConfig(), tally=llm.Tally(), cache=cache)
+    for n in range(700, 1000):
+        llm.Ask(source, [], Number).take(f'{{"a": {"[" * n + "]" * n}}}')
+    assert source.tally.n["repairs"] == 300
 
 
 # ------------------------------------------------------------------------------------ every key of every role
