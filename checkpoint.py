@@ -31,7 +31,7 @@ def open_run(cfg, rank):
     run = cfg.run_path
     path = run / "config.yaml"
     if (all_checkpoints(run) or (run / "metrics.jsonl").is_file()) and path.is_file():
-        old = config.flatten(config.load([str(path)]))
+        old = config.flatten(config.saved(run))
         for name in config.changed(cfg, "training", old):
             raise InputError(f"{run} holds a run with {name}={old[name]!r}, this one has "
                              f"{config.flatten(cfg)[name]!r}: choose another run_dir (train.from={run} "

@@ -20,6 +20,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     NonNegativeFloat,
@@ -51,7 +52,22 @@ class Stream(IntEnum):
 
 
 RL = "grpo cispo gspo"
-Texts = Annotated[list[str], BeforeValidator(lambda x: [x] * bool(x) if isinstance(x, str) else x or [])]
+ONE_OR_MORE = BeforeValidator(lambda x: [x] * bool(x) if isinstance(x, str) else x or [])
+Texts = Annotated[list[str], ONE_OR_MORE]
+
+
+def tidy(path):
+    """A path as it is compared and kept: "./runs//a/" and "runs/a" are one."""
+    return str(Path(path)) if path else path
+
+
+def tidy_model(path):
+    """The same for a folder. What is none may be a hub id, and "./a/b" must not become one."""
+    return tidy(path) if Path(path).is_dir() else path
+
+
+File = Annotated[str, AfterValidator(tidy)]
+Files = Annotated[list[File], ONE_OR_MORE]
 
 
 def key(default, help, affects="training", read_by="", **bounds):
@@ -62,7 +78,7 @@ def key(default, help, affects="training", read_by="", **bounds):
 
 
 class ModelConfig(Exact):
-    path: str = key(
+    path: Annotated[str, AfterValidator(tidy_model)] = key(
         "", "Hugging Face folder or hub id of the base model; the KL reference is the same checkpoint",
         "training scores")
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = key(
@@ -71,10 +87,10 @@ class ModelConfig(Exact):
 
 
 class DataConfig(Exact):
-    logs: Texts = key(
+    logs: Files = key(
         [], "training conversations: a list of files (JSON, Parquet) or hub data sets (hf:OWNER/NAME:SPLIT)",
         "turns pairs training")
-    eval_logs: Texts = key([], "held-out conversations, likewise", "turns training")
+    eval_logs: Files = key([], "held-out conversations, likewise", "turns training")
     split: Share = key(
         0.0, "where data.eval_logs is empty: share of the sessions to hold out, by a hash of the session id",
         "turns training")
@@ -85,15 +101,15 @@ class DataConfig(Exact):
     roles: dict[Literal["user", "assistant", "ignore"], Texts] = key(
         {}, "what they call the roles: {user: human, assistant: [agent, bot], ignore: system}",
         "turns pairs training")
-    turns: str = key("", "folder of the turns, which runs may share; empty: run_dir/turns", "")
+    turns: File = key("", "folder of the turns, which runs may share; empty: run_dir/turns", "")
     valid_sessions: NonNegativeInt = key(
         0, "training sessions set aside for evaluation during training (0: that reads the held-out turns)",
         "turns training")
     goal: str = key("", "what the expert is after; a session's own 'goal' wins", "turns training scores")
-    lexicon: str = key("", "lexicon YAML of the rules extractor and the rules grader",
+    lexicon: File = key("", "lexicon YAML of the rules extractor and the rules grader",
                        "turns pairs training scores")
-    prompt: str = key("prompts/policy.md", "system prompt of the policy; {goal} is filled in")
-    prompt_no_stop: str = key(
+    prompt: File = key("prompts/policy.md", "system prompt of the policy; {goal} is filled in")
+    prompt_no_stop: File = key(
         "prompts/policy_no_stop.md", "training prompt of reward.mode no_rs: never mentions stopping")
     long_prompts: Literal["error", "drop"] = key(
         "error", "prompts over rollout.max_prompt_tokens: refuse to start, or leave the turns out",
@@ -137,7 +153,7 @@ class RoleConfig(Exact):
         "", "the name by which the server knows the model; local: a Hugging Face folder or hub id", ROLE)
     base_url: str = key("http://localhost:8000/v1", "endpoint: where the server is", "")
     api_key_env: str = key("OPENAI_API_KEY", "endpoint: the environment variable that holds the key", "")
-    prompt: str = key(
+    prompt: File = key(
         "", "its instructions; empty: prompts/ROLE.md (auditor: grader.md, writer: rejected.md)", ROLE)
     temperature: NonNegativeFloat = key(0.0, "sampling temperature", ROLE)
     max_tokens: PositiveInt = key(512, "longest reply", ROLE)
@@ -148,7 +164,7 @@ class RoleConfig(Exact):
 
 
 class LLMConfig(Exact):
-    cache: str = key("", "file of the replies so far, which runs may share; empty: run_dir/llm_cache.sqlite",
+    cache: File = key("", "file of the replies so far, which runs may share; empty: run_dir/llm_cache.sqlite",
                      "")
     extractor: RoleConfig = key(RoleConfig(), "finds I* where hindsight.source=llm",
                                 "turns pairs training scores")
@@ -240,7 +256,7 @@ class TrainKeys(Exact):
 
 
 FROM = key("", "a run folder: start from the weights and moments of its newest checkpoint, at step 0")
-TrainConfig = create_model("TrainConfig", __base__=TrainKeys, **{"from": (str, FROM)})  # a word of Python
+TrainConfig = create_model("TrainConfig", __base__=TrainKeys, **{"from": (File, FROM)})  # a word of Python
 
 
 class EvalConfig(Exact):
@@ -256,7 +272,7 @@ class WandbConfig(Exact):
 
 
 class Config(Exact):
-    run_dir: str = key("", "everything this experiment writes goes here", "")
+    run_dir: File = key("", "everything this experiment writes goes here", "")
     plan: bool = key(
         False, "print how much memory training and sampling need on each GPU, whether it fits, and stop", "")
     gpus: PositiveInt | None = key(
@@ -440,6 +456,11 @@ def is_text(name):
     return annotation is str or get_origin(annotation) is Literal
 
 
+def is_override(arg):
+    """Is an argument key=value, and not the path of a config?"""
+    return "=" in arg and not Path(arg).is_file()
+
+
 def override(arg):
     """A command-line argument key=value -> (key, value)."""
     name, equals, text = arg.partition("=")
@@ -483,7 +504,7 @@ def load(argv, doc=None, may_plan=False):
     if {"-h", "--help"} & set(argv):
         print(help_text(doc), flush=True)
         raise SystemExit(0)
-    if not argv or "=" in argv[0]:
+    if not argv or is_override(argv[0]):
         raise InputError("the first argument is a config, as configs/toy/grpo.yaml (--help lists all keys)")
     found = read_yaml(argv[0])
     for arg in argv[1:]:
@@ -516,6 +537,11 @@ def flatten(cfg):
 def save(cfg, path):
     """Write the resolved config as a YAML that load() reads back to the same Config."""
     write_text(path, yaml.dump(cfg.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True))
+
+
+def saved(run):
+    """The config that a run folder holds."""
+    return build(read_yaml(Path(run) / "config.yaml"))
 
 
 def need(cfg, *names):

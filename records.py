@@ -380,7 +380,7 @@ LOCKS = {}  # path of a lock file: the open file, held until the process ends
 
 def lock(folder, name=".lock"):
     """Keep other processes out of a folder until this one ends. InputError: another one is in it."""
-    path = Path(folder) / name
+    path = Path(folder).resolve() / name
     if path in LOCKS:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

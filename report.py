@@ -150,7 +150,7 @@ def read_run(folder, name, colour):
     result = read_json(folder / "eval.json", {})
     about = result.get("model", "no config.yaml")
     try:
-        c = config.load([str(folder / "config.yaml")])
+        c = config.saved(folder)
         if steps:
             t = c.train
             about = f"{t.loss} from {c.model.path}, lr {t.lr:g}, reward {c.reward.mode}, seed {c.seed}"

@@ -203,8 +203,8 @@ def load(run, size, sources):
                                       fused=True)
     found = checkpoint.all_checkpoints(run.dir)
     if not found and (other := getattr(t, "from")):
-        begun, path = checkpoint.all_checkpoints(Path(other)), Path(other) / "config.yaml"
-        if not begun or config.load([str(path)]).model.path != run.cfg.model.path:
+        begun = checkpoint.all_checkpoints(Path(other))
+        if not begun or config.saved(other).model.path != run.cfg.model.path:
             raise InputError(f"train.from={other} holds no checkpoints of a run with model.path="
                              f"{run.cfg.model.path}")
         checkpoint.load(begun[-1], model, run.optimizer)

@@ -74,7 +74,7 @@ def run_row(path, overrides, nproc):
     run = cfg.run_path
     lock(run.parent, f".{run.name}.lock")  # the row's scripts each take their own, in the run folder
     stamp = run / "row.json"
-    want = {"config": config.flatten(cfg), "inputs": inputs_of(cfg, path), "finished": True}
+    want = {"config": config.flatten(cfg) | {"run_dir": ""}, "inputs": inputs_of(cfg, path), "finished": True}
     have = read_json(stamp, {"config": {}, "inputs": {}})
     if have == want:
         print(f"=== {run}: finished before, not run again")
@@ -108,9 +108,9 @@ def main():
     p.add_argument("--sessions", type=int, default=0, help="show so many held-out conversations at the end")
     p.add_argument("--root", help="folder of the runs, each named like its config (default: their run_dir)")
     args = p.parse_intermixed_args()
-    overrides, runs = [c for c in args.configs if "=" in c], []
+    overrides, runs = list(filter(config.is_override, args.configs)), []
     for path in args.configs:
-        if "=" not in path:
+        if not config.is_override(path):
             where = [f"run_dir={args.root}/{Path(path).stem}"] if args.root else []
             runs.append(run_row(path, overrides + where, args.nproc))
     if not runs:

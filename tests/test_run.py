@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 import checkpoint
 import config
 import grading
+import model as decoder
 import parallel
+import records
 import run as running
 import train_dpo
 import train_grpo
@@ -270,6 +272,29 @@ def test_a_resume_on_other_examples_is_refused(loss, name, train, refused, tmp_p
     assert name in line and "has changed" in line and "step_000002" in line
     file.write_text(good)
     assert len(train(SCRIPTS[loss], path, "train.steps=4")) == 4
+
+
+@pytest.mark.slow
+def test_a_run_folder_by_another_name(train, tmp_path, tiny_checkpoint):
+    """It goes on: "=" in the name of a folder or config, a trailing slash, "./", a moved folder."""
+    folder = tmp_path / "lr=1"
+    folder.mkdir()
+    path = make_baseline(folder, tiny_checkpoint, "sft", train__steps=1)
+    train(train_sft, path)
+    begun = path.parent / "run"
+    other = [f"run_dir={begun}/", f"model.path={tiny_checkpoint}/", f"data.prompt={folder}/.//prompt.md"]
+    lines = train(train_sft, path, "train.steps=2", *other)
+    assert [m["step"] for m in lines] == [1, 2]
+    for held in records.LOCKS.values():
+        held.close()
+    records.LOCKS.clear()
+    begun.rename(folder / "moved")
+    (folder / "run").symlink_to("moved")  # where the fixture reads the metrics
+    lines = train(train_sft, path, "train.steps=3", f"run_dir={folder}/moved")
+    assert [m["step"] for m in lines] == [1, 2, 3]
+    assert config.saved(folder / "run/").run_dir == str(folder / "moved")
+    with pytest.raises(InputError, match="no such folder: ./no/hub"):
+        decoder.resolve(make_config(model__path="./no/hub").model.path)
 
 
 def test_a_run_starts_from_another(train, refused, order, tmp_path, make_checkpoint, marks_checkpoint):

@@ -125,6 +125,12 @@ def test_a_row_that_asks_models_notices_their_prompts_and_names(row, monkeypatch
     assert row(*other, "llm.extractor.concurrency=3") == ALL and row.moved() == 2
 
 
+def test_a_finished_row_that_was_moved_is_not_run_again(row):
+    row()
+    row.run.rename(row.run.with_name("moved=1"))
+    assert row(f"run_dir={row.run.with_name('moved=1')}//") == []
+
+
 def test_a_change_of_the_evaluation_trains_nothing_anew(row):
     """The trainer finds its last checkpoint; only the evaluation is other."""
     row()
