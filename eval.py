@@ -84,6 +84,7 @@ def evaluate_run(cfg):
         lock(cfg.run_path)
     checkpoint.open_run(cfg, 1)  # as a rank that saves nothing: was the run trained with this config?
     run, folder = cfg.run_path, model_of(cfg)
+    steps = max((line.get("step", 0) for line in read_log(run)), default=0)
     judge = grading.open_judge(cfg)
     prompts = encode_prompts(load_tokenizer(folder), cfg.data.prompt, load_turns(cfg, "eval"), cfg)
     # The weights come last: whatever a user can mend is found before they are read.
@@ -99,7 +100,6 @@ def evaluate_run(cfg):
         print(table(name, sampled, {"greedy": greedy}))
         for how, file in DECODINGS.items():
             write_jsonl(run / file, graded[how])
-        steps = max((line["step"] for line in read_log(run)), default=0)
         write_json(run / "eval.json", {**sampled, "model": str(folder), "decoding": name, "steps": steps,
                                        "samples": cfg.eval.samples, "turns": world,
                                        "config": config.flatten(cfg), "greedy": greedy})

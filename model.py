@@ -182,10 +182,8 @@ def read_shape(folder):
     path = folder / "config.json"
     try:
         c = read_json(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise InputError(f"model.path: {path} cannot be read ({error})")
-    if not isinstance(c, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(c).__name__}")
     kind = c.get("model_type")
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))

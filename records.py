@@ -305,7 +305,7 @@ def read_jsonl(path, on_bad=None):
             if not reason:
                 yield n, obj
             elif on_bad is None:
-                raise InputError(f"{path}:{n}: {reason}")
+                raise InputError(f"{path}:{n}: {reason}: mend this line, or remove it")
             else:
                 on_bad(n, reason)
 
@@ -359,10 +359,20 @@ def write_json(path, obj):
 
 
 def read_json(path, missing=None):
-    """missing: what stands for a file that is not there; None: it must be there."""
+    """The JSON object that a file holds. missing: what stands for a file that is not there; None: it must be.
+
+    InputError: the file is torn, or holds something else.
+    """
     if missing is not None and not Path(path).is_file():
         return missing
-    return json.loads(Path(path).read_text("utf-8"))
+    try:
+        found = json.loads(Path(path).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        found = error
+    if type(found) is not dict:
+        raise InputError(f"{path} holds no JSON object ({shorten(found)}): it may be torn; bring it back, or "
+                         "remove it and run the command that writes it again")
+    return found
 
 
 def hash_of(obj):

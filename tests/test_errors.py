@@ -108,6 +108,8 @@ SPOILS = {
     "broken pair": line(PAIRS, 3, '{"turn_id": '),
     "no context": line(PAIRS, 2, '{"turn_id": "1_1"}'),
     "nothing rejected": row(PAIRS, 5, rejected=" "),
+    "torn stamp": write("run/turns/made.json", '{"files": {"train'),
+    "torn pairs stamp": write("run/pairs_made.json", '{"seed": 0, "data'),
     "another turn": row(PAIRS, 5, turn_id="44_1")}
 TRAINERS = {"grpo": train_grpo, "sft": train_sft, "dpo": train_dpo}
 CASES = """
@@ -132,6 +134,7 @@ grpo | no turns         | | train.jsonl does not exist: run hindsight.py with th
 sft  | no turns         | | train.jsonl does not exist: run hindsight.py with this config first
 dpo  | no turns         | | train.jsonl does not exist: run hindsight.py with this config first
 sft  | no held-out turns | train.eval_every=1 | eval.jsonl does not exist: run hindsight.py
+grpo | torn stamp       | | made.json holds no JSON object ... : it may be torn; bring it back, or remove it
 grpo | empty turns      | | train.jsonl holds no turns
 grpo | broken turn      | | train.jsonl:3: not valid UTF-8 JSON
 grpo | odd decision     | | train.jsonl:1: decision must be 'continue' or 'stop', not 'go'
@@ -153,6 +156,7 @@ sft  | | rollout.max_new_tokens=9 | 3 of 10 turns ... rollout.max_new_tokens=9 .
 sft  | | rollout.max_new_tokens=2 data.long_prompts=drop | 10 of 10 turns
 dpo  | | rollout.max_new_tokens=9 | of 10 turns ... rollout.max_new_tokens=9
 dpo  | no pairs         | | pairs.jsonl does not exist: run pairs.py with this config first
+dpo  | torn pairs stamp | | pairs_made.json holds no JSON object ... bring it back, or remove it
 dpo  | empty pairs      | | pairs.jsonl holds no pairs
 dpo  | broken pair      | | pairs.jsonl:3: not valid UTF-8 JSON
 dpo  | no context       | | pairs.jsonl:2: context is missing

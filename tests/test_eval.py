@@ -136,6 +136,15 @@ def test_the_export_is_evaluated_where_there_is_one(run, show, make_checkpoint):
     refuses()
 
 
+def test_a_torn_log_is_found_before_the_model_is_loaded(run, refused, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_policy", lambda *_: pytest.fail("the weights were read"))
+    folder, args = run
+    (folder / "export").mkdir()
+    log = write_lines(folder / "metrics.jsonl", ['{"step": 1}', '{"step": 2, "los'])
+    assert f"{log}:2: not valid UTF-8 JSON" in (line := refused(evaluation, *args))
+    assert line.endswith("mend this line, or remove it")
+
+
 def test_turns_must_be_there_and_made_with_this_config(run, show):
     folder, args = run
     other = config.load([*map(str, args), "hindsight.stop_rule=last_turn"])
@@ -295,7 +304,10 @@ def test_a_table_says_which_conditions_differ(tmp_path, show, name, values):
 def test_a_run_without_evaluation_or_of_an_older_one(tmp_path, show):
     run = write_run(tmp_path / "old", {"s": [1.0]})
     write_json(run / "eval.json", {"decoding": "temperature 1"})
+    torn = shutil.copytree(run, tmp_path / "torn")
+    (torn / "eval.json").write_text('{"decoding": "temp')
     for run, says in ((tmp_path / "nowhere", "nowhere/eval.json does not exist: run eval.py"),
-                      (run, "old/eval.json does not tell its config: run eval.py with it again")):
+                      (run, "old/eval.json does not tell its config: run eval.py with it again"),
+                      (torn, "torn/eval.json holds no JSON object .* or remove it and run")):
         with pytest.raises(InputError, match=says):
             show("--table", run)

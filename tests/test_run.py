@@ -274,6 +274,15 @@ def test_a_resume_on_other_examples_is_refused(loss, name, train, refused, tmp_p
     assert len(train(SCRIPTS[loss], path, "train.steps=4")) == 4
 
 
+def test_torn_lines_of_the_log_are_counted_aloud(train, capsys, tmp_path, tiny_checkpoint):
+    path = make_baseline(tmp_path, tiny_checkpoint, "sft", train__steps=2)
+    lines, log = train(train_sft, path), tmp_path / "run" / "metrics.jsonl"
+    assert train(train_sft, path) == lines and "lacks" not in capsys.readouterr().out
+    log.write_text(log.read_text().replace('{"step": 1,', '{"st'))
+    assert [m["step"] for m in train(train_sft, path, "train.steps=3")] == [2, 3]
+    assert f"{log} lacks the figures of 1 steps (step 1 is the first)" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_run_folder_by_another_name(train, tmp_path, tiny_checkpoint):
     """It goes on: "=" in the name of a folder or config, a trailing slash, "./", a moved folder."""

@@ -131,6 +131,13 @@ def test_a_finished_row_that_was_moved_is_not_run_again(row):
     assert row(f"run_dir={row.run.with_name('moved=1')}//") == []
 
 
+def test_a_torn_stamp_is_named(row):
+    row()
+    (row.run / "row.json").write_text('{"config": {"run')
+    with pytest.raises(InputError, match="row.json holds no JSON object .* or remove it"):
+        row()
+
+
 def test_a_change_of_the_evaluation_trains_nothing_anew(row):
     """The trainer finds its last checkpoint; only the evaluation is other."""
     row()
