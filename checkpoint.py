@@ -7,8 +7,8 @@ from the files that hold them.
 """
 import hashlib
 import json
-import os
 import shutil
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,17 @@ from tqdm import tqdm
 import config
 import parallel
 from model import local, shard_rows
-from records import InputError, file_hash, hash_of, read_json, read_log, write_json, write_jsonl
+from records import (
+    InputError,
+    file_hash,
+    hash_of,
+    put_in_place,
+    read_json,
+    read_log,
+    sync,
+    write_json,
+    write_jsonl,
+)
 
 
 def open_run(cfg, rank):
@@ -79,47 +89,67 @@ def save(run, step, model, optimizer, inputs, keep):
         offsets[name] = shard_rows(p)[0]
     file = aside / f"rank_{rank:05d}.safetensors"
     save_file(tensors, file, metadata={"offsets": json.dumps(offsets)})
+    sync(file)
     hashes = dict(parallel.all_gather((file.name, file_hash(file))))
     if rank == 0:
         updates = int(next(iter(optimizer.state.values()))["step"])
         state = {"inputs": inputs, "step": step, "updates": updates, "hashes": hashes,
                  "shapes": shapes_of(model)}
         write_json(aside / "state.json", {**state, "hash": hash_of(state)})
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(aside, out)
-        for old in all_checkpoints(run)[:-keep]:
+        put_in_place(aside, out)
+        # What is newer was left out by load(): it is none of those kept.
+        for old in [path for path in all_checkpoints(run) if path <= out][:-keep]:
             shutil.rmtree(old)
     dist.barrier()
 
 
 def read_state(path):
-    """A checkpoint's state.json (collective). Raises InputError where that, or a file of it, has changed."""
+    """A checkpoint's state.json -> (what it holds, the files that are not as they were saved) (collective)"""
     try:
         state = read_json(path / "state.json")
-    except ValueError:
+    except (OSError, InputError):
         state = {}
-    wrong = [] if state.pop("hash", None) == hash_of(state) else ["state.json"]
-    mine = sorted(state.get("hashes", {}))[dist.get_rank()::dist.get_world_size()]
-    wrong += [name for name in mine
-              if not (path / name).is_file() or file_hash(path / name) != state["hashes"][name]]
-    for name in sum(parallel.all_gather(wrong), []):
-        raise InputError(f"{path / name} is not as this version saved it: remove {path} to go on from the "
-                         "checkpoint before")
-    return state
+    wrong = []
+    if state.pop("hash", None) != hash_of(state):
+        state, wrong = {}, ["state.json"]
+    for name in sorted(state.get("hashes", {}))[dist.get_rank()::dist.get_world_size()]:
+        with suppress(OSError):
+            if file_hash(path / name) == state["hashes"][name]:
+                continue
+        wrong.append(name)
+    return state, sum(parallel.all_gather(wrong), [])
+
+
+def newest(run):
+    """-> the newest checkpoint whose files are as they were saved, and its state.json (collective).
+
+    Those that are not are named and left out. Raises InputError where no other is there.
+    """
+    for path in reversed(parallel.all_gather(all_checkpoints(run))[0]):  # no rank sees others than rank 0
+        state, wrong = read_state(path)
+        if not wrong:
+            return path, state
+        if dist.get_rank() == 0:
+            print(f"warning: {path / wrong[0]} is not as this version saved it: that checkpoint is left out")
+    raise InputError(f"{run / 'checkpoints'} holds no whole checkpoint: bring one back, or remove the folder "
+                     "to begin anew")
 
 
 def all_checkpoints(run):
     """The checkpoints in a run folder, the newest last."""
-    return sorted(state.parent for state in run.glob("checkpoints/step_*/state.json"))
+    return sorted(run.glob("checkpoints/step_*/"))
 
 
 def shapes_of(model):
     return {name: list(p.shape) for name, p in model.named_parameters()}
 
 
-def load(path, model, optimizer):
-    """Fill model and optimizer from a checkpoint written by any number of ranks. -> its state.json"""
-    state, files = read_state(path), []
+def load(run, model, optimizer):
+    """Fill model and optimizer from a run's newest whole checkpoint, written by any number of ranks.
+
+    Collective. -> its path, its state.json
+    """
+    (path, state), files = newest(run), []
     if state.get("shapes") != shapes_of(model):
         raise InputError(f"{path} is of a model of another shape than model.path is now: bring that back")
     for name in state["hashes"]:
@@ -134,7 +164,7 @@ def load(path, model, optimizer):
             a, b = max(first, start), min(last, start + stored.get_shape()[0])
             if a < b:
                 rows[a - first:b - first] = stored[a - start:b - start]
-    return state
+    return path, state
 
 
 # ------------------------------------------------------------------------------------------------------ log

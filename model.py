@@ -31,7 +31,7 @@ from torch.nn.attention.varlen import AuxRequest, varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from records import InputError, read_json, write_json
+from records import InputError, put_in_place, read_json, write_json
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -503,5 +503,4 @@ def export(model, base, out, max_bytes=4 << 30):
         if files.is_sharded:
             write_json(aside / "model.safetensors.index.json",
                        {"metadata": files.metadata, "weight_map": files.tensor_to_filename})
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(aside, out)
+        put_in_place(aside, out)

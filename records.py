@@ -6,11 +6,13 @@ file, and a rerun replaces it. `InputError` is the one exception for what a user
 it as a single line (`cli`).
 """
 import difflib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import unicodedata
 from contextlib import contextmanager
@@ -334,9 +336,35 @@ def whole_file(path):
     try:
         with open(aside, "w", encoding="utf-8") as f:
             yield f
+        sync(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def sync(path):
+    """Have a file's content, or a folder's names, reach the disk: a power cut leaves them whole."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a filesystem that cannot do this for a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def put_in_place(aside, out):
+    """Give a finished folder its name. What stood there (then OUT.old) goes last: one of the two is left."""
+    for path in *aside.iterdir(), aside:
+        sync(path)
+    old = out.with_name(f"{out.name}.old")
+    if out.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    os.replace(aside, out)
+    sync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path, text):

@@ -207,16 +207,16 @@ def load(run, size, sources):
         if not begun or config.saved(other).model.path != run.cfg.model.path:
             raise InputError(f"train.from={other} holds no checkpoints of a run with model.path="
                              f"{run.cfg.model.path}")
-        checkpoint.load(begun[-1], model, run.optimizer)
+        checkpoint.load(Path(other), model, run.optimizer)
     elif found:
-        state = checkpoint.load(found[-1], model, run.optimizer)
+        path, state = checkpoint.load(run.dir, model, run.optimizer)
         run.step = run.synced = state["step"]
         if state["inputs"] != run.inputs:
             raise InputError(f"what is trained on ({', '.join(map(str, sources))}) has changed since "
-                             f"{found[-1]} was written: bring it back, or go on in a new run_dir with "
+                             f"{path} was written: bring it back, or go on in a new run_dir with "
                              f"train.from={run.dir}")
         if run.step > run.total:
-            raise InputError(f"{found[-1]} is beyond the {run.total} steps of this config (train.steps or "
+            raise InputError(f"{path} is beyond the {run.total} steps of this config (train.steps or "
                              f"train.epochs): raise them, or start in a new run_dir (train.from={run.dir})")
     else:
         checkpoint.fresh_moments(model, run.optimizer)

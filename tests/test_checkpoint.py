@@ -1,4 +1,6 @@
 """A run's folder: which config may go on in it, and checkpoints that any number of ranks can read."""
+import os
+import shutil
 from contextlib import nullcontext
 
 import pytest
@@ -44,11 +46,15 @@ def everything(model, optimizer):
     return weights(model) | moments
 
 
-def read_and_save(folder, path, out):
+def read_and_save(folder, run, out):
+    """Read a run's newest checkpoint, and write it twice: then a file of the second one is torn."""
     model, optimizer = train_state(folder)
-    state = checkpoint.load(path, model, optimizer)
-    checkpoint.save(out, 4, model, optimizer, state["inputs"], keep=2)
-    return state
+    path, state = checkpoint.load(run, model, optimizer)
+    for step in (4, 6):
+        checkpoint.save(out, step, model, optimizer, state["inputs"], keep=2)
+    (out / "checkpoints" / "step_000006" / "rank_00001.safetensors").write_bytes(b"")
+    again, _ = checkpoint.load(out, model, optimizer)
+    return path.name, state, again.name
 
 
 @pytest.mark.slow
@@ -57,13 +63,12 @@ def test_any_number_of_ranks_reads_a_checkpoint(one_rank, run_ranks, folders64, 
     model, optimizer = train_state(folders64[0])
     written = everything(model, optimizer)
     checkpoint.save(tmp_path / "one", 3, model, optimizer, "x", keep=2)
-    path = tmp_path / "one" / "checkpoints" / "step_000003"
-    states = run_ranks(read_and_save, 2, folders64[1], path, tmp_path / "two")
-    written_as = {"inputs": "x", "step": 3, "updates": 1}
-    assert all(state.items() >= written_as.items() for state in states)
-    path = tmp_path / "two" / "checkpoints" / "step_000004"
+    for name, state, again in run_ranks(read_and_save, 2, folders64[1], tmp_path / "one", tmp_path / "two"):
+        assert name == "step_000003" and state.items() >= {"inputs": "x", "step": 3, "updates": 1}.items()
+        assert again == "step_000004"  # though the second rank alone reads the torn file
     model, optimizer = train_state(folders64[1])
-    assert checkpoint.load(path, model, optimizer)["step"] == 4
+    path, state = checkpoint.load(tmp_path / "two", model, optimizer)
+    assert state["step"] == 4
     read = everything(model, optimizer)
     ranks = [load_file(path / f"rank_{r:05d}.safetensors") for r in (0, 1)]
     for name, tensor in written.items():
@@ -74,17 +79,63 @@ def test_any_number_of_ranks_reads_a_checkpoint(one_rank, run_ranks, folders64, 
 RANK = "rank_00000.safetensors"
 
 
-@pytest.mark.parametrize("name, spoil", [
-    (RANK, lambda data: data[:-1] + bytes([data[-1] ^ 1])), (RANK, None),
-    ("state.json", lambda data: data.replace(b'"step": 3', b'"step": 2'))])
-def test_a_checkpoint_that_has_changed_is_refused(one_rank, folders64, tmp_path, name, spoil):
-    """One bit flipped, a file lost, a number edited: what is trained on from there would not be this run."""
-    state, file = train_state(folders64[0]), tmp_path / "checkpoints" / "step_000003" / name
-    checkpoint.save(tmp_path, 3, *state, "x", keep=2)
-    data = file.read_bytes()
-    file.unlink()
-    if spoil:
-        file.write_bytes(spoil(data))
-    said = f"{file} is not as this version saved it: remove {file.parent} to go on from the checkpoint before"
-    with pytest.raises(InputError, match=f"^{said}$"):
-        checkpoint.load(file.parent, *state)
+SPOILS = {
+    "a bit": (RANK, lambda data: data[:-1] + bytes([data[-1] ^ 1])), "a lost file": (RANK, None),
+    "half a file": (RANK, lambda data: data[:len(data) // 2]), "zeros": (RANK, lambda data: bytes(len(data))),
+    "a number": ("state.json", lambda data: data.replace(b'"step": 4', b'"step": 3')),
+    "half a state": ("state.json", lambda data: data[:99]), "no state": ("state.json", None),
+    "a list": ("state.json", lambda data: b"[]"), "bytes": ("state.json", lambda data: b"\x80\x04.")}
+
+
+def spoil(folder, name, change):
+    data = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if change:
+        (folder / name).write_bytes(change(data))
+
+
+@pytest.mark.parametrize("how", SPOILS)
+def test_a_checkpoint_that_has_changed_is_left_out(one_rank, folders64, tmp_path, capsys, how):
+    """The one before is read, and that is said; it is not what the next save removes. Where no other is left
+    the run does not begin anew."""
+    (model, optimizer), steps = train_state(folders64[0]), tmp_path / "checkpoints"
+    for step in (2, 4):
+        checkpoint.save(tmp_path, step, model, optimizer, "x", keep=2)
+    spoil(steps / "step_000004", *SPOILS[how])
+    path, state = checkpoint.load(tmp_path, model, optimizer)
+    assert path == steps / "step_000002" and state["step"] == 2
+    said = f"{steps / 'step_000004' / SPOILS[how][0]} is not as this version saved it"
+    assert capsys.readouterr().out == f"warning: {said}: that checkpoint is left out\n"
+    checkpoint.save(tmp_path, 3, model, optimizer, "x", keep=1)
+    assert checkpoint.load(tmp_path, model, optimizer)[1]["step"] == 3
+    spoil(steps / "step_000003", RANK, None)
+    with pytest.raises(InputError, match=f"^{steps} holds no whole checkpoint: .* to begin anew$"):
+        checkpoint.load(tmp_path, model, optimizer)
+    checkpoint.save(tmp_path, 4, model, optimizer, "x", keep=1)
+    assert [path.name for path in steps.iterdir()] == ["step_000004"]
+
+
+def test_a_second_save_of_a_step_loses_nothing(one_rank, folders64, tmp_path, monkeypatch):
+    """Wherever it ends: before anything is renamed, removed or synced there is a whole checkpoint."""
+    model, optimizer = train_state(folders64[0])
+    checkpoint.save(tmp_path, 2, model, optimizer, "x", keep=1)
+    for last in range(1, 16):
+        calls = []
+        with monkeypatch.context() as m:
+            for module, name in ((os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree")):
+                def ends(*args, real=getattr(module, name), **how):
+                    calls.append(real.__name__)
+                    if len(calls) >= last:
+                        raise KeyboardInterrupt
+                    return real(*args, **how)
+                m.setattr(module, name, ends)
+            try:
+                checkpoint.save(tmp_path, 2, model, optimizer, "x", keep=1)
+            except KeyboardInterrupt:
+                pass
+        assert checkpoint.load(tmp_path, model, optimizer)[1]["step"] == 2, calls
+    assert "rename" in calls and len(calls) < last  # the last one was whole
+    first, second = [i for i, name in enumerate(calls) if name == "replace"]  # of state.json, of the folder
+    assert calls[:first].count("fsync") == 2 and calls[first:second].count("fsync") == 3
+    assert calls[second + 1] == "fsync"  # the parent
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]
