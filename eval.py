@@ -152,14 +152,17 @@ def read_rows(runs):
     Runs of one folder name are seeds of one row, and pooled. InputError: they differ in more than the seed.
     sampled and greedy are lists of Rollout; made is the config, how says how each run was evaluated.
     """
-    rows = {}
-    for run in map(Path, dict.fromkeys(runs)):
+    rows, seeds = {}, {}
+    for run in map(Path, runs):
         path = run / "eval.json"
         if not path.is_file():
             raise InputError(f"{path} does not exist: run eval.py with that run's config first")
         row, found = rows.setdefault(run.resolve().name, defaultdict(list)), read_json(path)
         if "config" not in found:
             raise InputError(f"{path} does not tell its config: run eval.py with it again")
+        first = seeds.setdefault((run.resolve().name, found["config"]["seed"], found["turns"]), run)
+        if first is not run:  # counted twice, they would make the intervals too narrow
+            raise InputError(f"{first} and {run} are one seed of one row (a link, a copy?): name one of them")
         made = same_but_seed(found["config"])
         for name, value in row.setdefault("made", made).items():
             if made.get(name) != value:

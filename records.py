@@ -418,7 +418,7 @@ LOCKS = {}  # path of a lock file: the open file, held until the process ends
 
 def lock(folder, name=".lock"):
     """Keep other processes out of a folder until this one ends. InputError: another one is in it."""
-    path = Path(folder).resolve() / name
+    path = Path(folder) / name
     if path in LOCKS:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -292,6 +292,16 @@ def test_runs_of_one_name_that_are_no_seeds_are_not_pooled(tmp_path, refused, na
     assert says in refused(evaluation, "--table", *runs)
 
 
+def test_a_seed_is_pooled_once(tmp_path, refused):
+    """Named twice, by a link, as a copy."""
+    run = write_run(tmp_path / "a" / "grpo", {"s": [1.0]})
+    (tmp_path / "link").symlink_to(run)
+    shutil.copytree(run, tmp_path / "b" / "grpo")
+    for other in (run, f"{run}/", tmp_path / "link", tmp_path / "b" / "grpo"):
+        line = refused(evaluation, "--table", run, other)
+        assert f"{run} and {str(other).rstrip('/')} are one seed of one row" in line
+
+
 @pytest.mark.parametrize("name, values", [
     ("decoding", ("greedy", "top-p 1")), ("samples", (1, 3)), ("steps", (0, 200)), ("turns", ("ab", "cd"))])
 def test_a_table_says_which_conditions_differ(tmp_path, show, name, values):

@@ -131,6 +131,16 @@ def test_a_finished_row_that_was_moved_is_not_run_again(row):
     assert row(f"run_dir={row.run.with_name('moved=1')}//") == []
 
 
+def test_two_rows_of_one_run_folder_are_refused_before_any_runs(row, refused, tmp_path):
+    for folder, root in (("b", ()), ("c", ("--root", tmp_path / "runs"))):  # with --root the name decides
+        other = tmp_path / folder / "run.yaml"
+        other.parent.mkdir()
+        shutil.copy(tmp_path / "run.yaml", other)
+        line = refused(table1, tmp_path / "run.yaml", other, *root)
+        assert f"{tmp_path / 'run.yaml'} and {other} have one run_dir: give each row its own" in line
+    assert not list(tmp_path.rglob("row.json"))
+
+
 def test_a_torn_stamp_is_named(row):
     row()
     (row.run / "row.json").write_text('{"config": {"run')
