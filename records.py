@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import unicodedata
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,22 +41,31 @@ class InputError(Exception):
 
 
 def cli(main):
-    """Run main(). An InputError, or a file that cannot be used, ends the process with one line (once a node)
-    and exit code 2."""
+    """Run main(). An InputError, or a file that cannot be used, ends the process with one line and exit code 2.
+
+    Of the ranks of a node that fail alike only the first prints: the others wait a little, until torchrun has
+    ended them. A rank that lost another one in a collective waits longest: the other has the reason.
+    """
     try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output, say `head`, wants no more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except (InputError, OSError) as error:
-        for bar in list(getattr(tqdm, "_instances", ())):  # else the line would stand amid the bars
-            bar.close()
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        try:
+            main()
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read the output, say `head`, wants no more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        except (InputError, OSError, RuntimeError) as error:
+            lost = isinstance(error, RuntimeError)
+            if lost and "by peer" not in str(error):  # gloo: Connection closed by peer
+                raise
+            for bar in list(getattr(tqdm, "_instances", ())):  # else the line would stand amid the bars
+                bar.close()
+            time.sleep(2 * int(os.environ.get("LOCAL_RANK", 0)) + 5 * lost)
+            told = "another process of this run has ended, for the reason that it tells" if lost else error
+            print(f"error: {told}", file=sys.stderr)
+            sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("interrupted (a training run goes on from its last checkpoint when started again)")
+        print("interrupted (a training run goes on from its last checkpoint when started again)", file=sys.stderr)
+        sys.exit(130)
 
 
 # ------------------------------------------------------------------------------------------- one line a fault

@@ -1,4 +1,5 @@
 """FSDP on one rank and on three: loading, sampling from gathered weights, a step, export, exchanges."""
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import model as decoder
 import pack
 import parallel
 from rollout import Sampling, generate
-from world import REPO, equal, same, some_prompts, tokens_of, torchrun, weights
+from world import REPO, equal, make_world, same, some_prompts, tokens_of, torchrun, weights
 
 PROMPTS = some_prompts()
 
@@ -72,6 +73,22 @@ def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path):
     assert [line for _, line in zip("ab", process.stdout)] == ["here\n"] * 2
     process.kill()
     process.communicate(timeout=15)  # until no rank has the other end of the pipe
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["run.load_tokenizer:1:mine", "grading.grade:2:mine", "checkpoint.save_file:1:full",
+                                   "train_grpo.train_step:1:bug"])
+def test_a_rank_that_fails_tells_why_and_brings_the_others_down(tmp_path, tiny_checkpoint, place):
+    """At the start, while it grades, in a save, in a step: once, whichever rank it is, and nobody else's
+    Traceback."""
+    path, began = make_world(tmp_path, tiny_checkpoint), time.monotonic()
+    process = torchrun("tests/faulty.py", f"1:{place}", "train_grpo.py", path)
+    said = process.communicate(timeout=60)[0]
+    told = {"mine": "error: mine alone", "full": "error: [Errno 28] No space left on device",
+            "bug": "[rank1]: ValueError: a bug of mine"}[place.split(":")[2]]
+    assert process.returncode and time.monotonic() - began < 60
+    assert said.count(told) == 1 and "[rank0]" not in said, said
+    assert said.count("error: ") == (place[-3:] != "bug") and ("[rank1]" in said) == (place[-3:] == "bug"), said
 
 
 def test_master_weights_are_float32_and_computing_is_bfloat16(one_rank, tiny_checkpoint):

@@ -133,18 +133,41 @@ def test_identity_tells_files_and_folders_apart(tmp_path):
 
 
 def test_an_error_does_not_stand_amid_a_progress_bar(capsys, monkeypatch):
-    """One line and exit code 2; other ranks of a node say nothing."""
+    """One line and exit code 2; other ranks of a node say it after a while, in which torchrun ends them."""
     def main():
         bar = tqdm(total=3, desc="work")  # held by its name while the error passes
         bar.update()
         raise InputError("bad")
 
-    for rank, said in (("0", "\nerror: bad\n"), ("1", "\n")):
+    def lost():
+        raise RuntimeError("[pair.cc] Connection closed by peer [::1]:9")
+
+    waits = []
+    monkeypatch.setattr(records.time, "sleep", waits.append)
+    for rank, work, said in (("0", main, "\nerror: bad\n"), ("1", main, "\nerror: bad\n"),
+                             ("1", lost, "error: another process of this run has ended, for the reason that")):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit) as end:
-            records.cli(main)
+            records.cli(work)
         text = capsys.readouterr().err
-        assert end.value.code == 2 and text.endswith(said) and ("error" in text) == (rank == "0")
+        assert end.value.code == 2 and said in text and text.count("\n") == 1 + (work == main)
+    assert waits == [0, 2, 7]
+    with pytest.raises(RuntimeError, match="a bug"):
+        records.cli(lambda: exec('raise RuntimeError("a bug")'))
+
+
+def test_ctrl_c_is_one_line_also_while_a_rank_waits(capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    def bad():
+        raise InputError("bad")
+
+    monkeypatch.setattr(records.time, "sleep", interrupted)
+    for work in interrupted, bad:
+        with pytest.raises(SystemExit) as end:
+            records.cli(work)
+        assert end.value.code == 130 and capsys.readouterr().err.startswith("interrupted (a training run goes on")
 
 
 def test_what_needs_no_torch_loads_none():
