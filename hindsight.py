@@ -48,6 +48,7 @@ from records import (
     explain,
     f1,
     file_hash,
+    flaw,
     is_named,
     lock,
     nearest,
@@ -91,11 +92,10 @@ def check_session(row, end_markers=END_MARKERS):
 
     The Session ends with its first end marker.
     """
+    if fault := flaw(row):
+        return None, ("bad text", fault)
     try:
-        json.dumps(row, ensure_ascii=False, default=str).encode()
         session = Session.model_validate(row)
-    except UnicodeEncodeError:
-        return None, ("bad text", "a text holds half a surrogate pair (a cut emoji), which is not UTF-8")
     except ValidationError as error:
         field, *inner = error.errors()[0]["loc"]
         kind = "annotations" if "learned" in inner or "asks" in inner else field
@@ -122,7 +122,8 @@ def value_text(value):
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
         with suppress(ValueError):
-            value = json.loads(value)
+            found = json.loads(value)
+            value = value if flaw(found) else found
     if isinstance(value, list):
         return ", ".join(str(one) for one in value if one is not None)
     return str(value).strip()

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import shutil
 import sys
 import time
@@ -34,6 +35,7 @@ from tqdm import tqdm
 
 STOP = "<stop />"  # what the policy writes to end the conversation; also its target at a stop turn
 SCORES = (0, 0.5, 1)  # what R_a may be
+DEEPEST = 100  # opening brackets of an annotated value, which may be a list in a text
 
 
 class InputError(Exception):
@@ -112,9 +114,19 @@ def explain(error):
 
 
 def shorten(value):
-    """A value as an error message shows it."""
-    text = repr(value)
+    """A value as an error message shows it: short, whatever stands in one another."""
+    text = repr(value) if isinstance(value, str) else reprlib.repr(value)
     return text if len(text) <= 120 else f"{text[:120]}..."
+
+
+def flaw(obj):
+    """Why a file of ours could not hold what was read: -> text, or None."""
+    try:
+        json.dumps(obj, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return "a text holds half a surrogate pair (a cut emoji), which is not UTF-8"
+    except RecursionError:
+        return "lists or objects are nested too deep"
 
 
 # ------------------------------------------------------------------------------------------------ the records
@@ -172,8 +184,9 @@ class LogMessage(Message):
     @field_validator("learned")
     @classmethod
     def flat(cls, learned):
-        if any(isinstance(value, dict) for value in (learned or {}).values()):
-            raise ValueError("must hold texts, numbers or lists, no objects")
+        for value in (learned or {}).values():
+            if isinstance(value, dict) or str(value).count("[") > DEEPEST:
+                raise ValueError(f"must hold texts, numbers or lists, no objects and no {DEEPEST} brackets")
         return learned
 
 
@@ -311,7 +324,9 @@ def read_jsonl(path, on_bad=None):
                 continue
             try:
                 obj = json.loads(raw.decode("utf-8-sig" if n == 1 else "utf-8"))
-                reason = type(obj) is not dict and f"expected a JSON object, got {type(obj).__name__}"
+                reason = rb"\u" in raw and flaw(obj)
+                if type(obj) is not dict:
+                    reason = f"expected a JSON object, got {type(obj).__name__}"
             except (ValueError, RecursionError) as error:
                 reason = f"not valid UTF-8 JSON ({error})"
             if not reason:

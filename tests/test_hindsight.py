@@ -1,5 +1,6 @@
 """hindsight.py: what stands in a context, in I*, which points are dropped, and what a broken log says."""
 import functools
+import json
 import os
 import random
 from collections import Counter
@@ -243,7 +244,11 @@ GOOD_ROW = '{"session_id": "s", "messages": [{"role": "user", "content": "x"}]'
      "no user utterance: no message of the user"),
     (', "goal": 3}', "bad goal: goal must be a text, not 3"),
     (', "success": "false"}', "bad success: success must be true or false"),
-    (r', "note": "\ud83d"}', "bad text: a text holds half a surrogate pair")])
+    (r', "note": "\ud83d"}', "bad line: a text holds half a surrogate pair"),
+    (', "note": ' + "[" * 100_000 + "]" * 100_000 + "}", "bad line: not valid UTF-8 JSON (maximum recursion"),
+    *((', "messages": [{"role": "user", "content": "x", "learned": {"a": %s}}]}' % deep,
+       "bad annotations: messages.0.learned must hold texts, numbers or lists, no objects and no 100 brackets")
+      for deep in ("[" * 600 + "]" * 600, json.dumps("[" * 2000), json.dumps("[" * 700 + "]" * 700)))])
 def test_a_bad_line_is_named_and_set_aside(tmp_path, capsys, row, says):
     row = GOOD_ROW + row if row[0] == "," else row
     logs = write_lines(tmp_path / "log.jsonl", [numbered(1), row, numbered(2)])
@@ -251,6 +256,15 @@ def test_a_bad_line_is_named_and_set_aside(tmp_path, capsys, row, says):
     kind, _, detail = says.partition(": ")
     out = capsys.readouterr().out
     assert f"{logs}:2: set aside: {detail}" in out and f"sessions set aside: 1 {kind}\n" in out
+
+
+def test_lines_of_an_array_are_checked_alike(tmp_path, capsys):
+    rows = [numbered(1), numbered(2, note="\ud83d"), numbered(3)]
+    for row in rows[1], numbered(2, messages=[{"role": "user", "content": "x", "learned": {"a": '["\\ud83d"]'}}]):
+        (tmp_path / "log.json").write_text(json.dumps([rows[0], row, rows[2]]))
+        assert {"1", "3"} <= ids(run(tmp_path, logs=tmp_path / "log.json")["train"])
+        out = capsys.readouterr().out
+    assert "3 lines, 3 sessions used" in out  # a text that only looks like a list stays as it is
 
 
 def test_summary_counts_everything(tmp_path, capsys):

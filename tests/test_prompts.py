@@ -1,4 +1,6 @@
 """prompts.py: turns files, prompts of a bounded length, dialogue text as data."""
+import json
+
 import pytest
 
 import config
@@ -15,6 +17,9 @@ def turns(n=3):
 @pytest.mark.parametrize("lines, words", [
     ([*coughs(2), "", "{"], ":4: not valid UTF-8 JSON"), ([*coughs(2), "[1]"], ":3: expected a JSON object"),
     ([dict(coughs(1)[0], decision="go")], ":1: decision must be 'continue' or 'stop', not 'go'; make the"),
+    ([json.dumps(coughs(1)[0] | {"goal": "\ud83d"})], ":1: a text holds half a surrogate pair"),
+    ([coughs(1)[0] | {"target": [3]}], ":1: target.0 must be a text, not 3; make the"),
+    ([coughs(1)[0] | {"goal": ["x"]}], ":1: goal must be a text, not ['x']; make the"),
     ([*coughs(2), *coughs(1)], ":3: turn_id '0_0' already stands in line 1; make the file again with"),
     ([], " holds no turns; look at what hindsight.py set aside")])
 def test_a_turns_file_that_cannot_be_read(tmp_path, lines, words):
