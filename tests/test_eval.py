@@ -136,15 +136,6 @@ def test_the_export_is_evaluated_where_there_is_one(run, show, make_checkpoint):
     refuses()
 
 
-def test_a_torn_log_is_found_before_the_model_is_loaded(run, refused, monkeypatch):
-    monkeypatch.setattr(evaluation, "load_policy", lambda *_: pytest.fail("the weights were read"))
-    folder, args = run
-    (folder / "export").mkdir()
-    log = write_lines(folder / "metrics.jsonl", ['{"step": 1}', '{"step": 2, "los'])
-    assert f"{log}:2: not valid UTF-8 JSON" in (line := refused(evaluation, *args))
-    assert line.endswith("mend this line, or remove it")
-
-
 def test_turns_must_be_there_and_made_with_this_config(run, show):
     folder, args = run
     other = config.load([*map(str, args), "hindsight.stop_rule=last_turn"])
