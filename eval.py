@@ -56,9 +56,7 @@ def full_reward(judge):
 
 def evaluate(policy, judge, prompts, cfg, greedy=False, desc="evaluate"):
     """Sample responses to every prompt and grade them (collective) -> list of Rollout, on every rank."""
-    sampling = grading.sampling_of(cfg, evaluation=True)
-    if greedy:
-        sampling = replace(sampling, samples=1, temperature=0)
+    sampling = grading.sampling_of(cfg, True, greedy)
     keys = [(config.Stream.EVALUATION, i) for i in range(len(prompts))]
     groups, _ = grading.sample_graded(policy, full_reward(judge), prompts, keys, sampling, desc)
     return [rollout for group in groups for rollout in group.graded]

@@ -141,12 +141,14 @@ def grade(turn, responses, judge, verdicts={}):
     return [once[response].model_copy(update={"sample": i}) for i, response in enumerate(responses)]
 
 
-def sampling_of(cfg, evaluation=False):
-    """How a config samples in training, or in an evaluation."""
+def sampling_of(cfg, evaluation=False, greedy=False):
+    """How a config samples in training, or in an evaluation; never more prompts at once than in training."""
     r = cfg.rollout
     how = cfg.eval if evaluation else r
-    return Sampling(how.samples, r.max_new_tokens, how.temperature, cfg.eval.top_p if evaluation else 1.0,
-                    cfg.seed, r.max_rows, max(1, r.max_rows // r.samples))
+    samples = 1 if greedy else how.samples
+    return Sampling(samples, r.max_new_tokens, 0 if greedy else how.temperature,
+                    cfg.eval.top_p if evaluation else 1.0, cfg.seed,
+                    min(r.max_rows, r.max_rows // r.samples * samples))
 
 
 def sample_graded(policy, judge, prompts, keys, sampling, desc="rollout"):

@@ -157,7 +157,7 @@ def rollout_memory(job):
     r = job.cfg.rollout
     compute = job.compute
     master = job.master
-    prompts = max(1, r.max_rows // r.samples)  # held at once
+    prompts = r.max_rows // r.samples  # held at once
     rows = prompts * r.samples
     prompt_tokens = prompts * r.max_prompt_tokens
     cached = prompt_tokens + rows * r.max_new_tokens

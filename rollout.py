@@ -49,14 +49,13 @@ class Response:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. All but max_prompts are options of the command line."""
+    """How to sample: the options of the command line."""
     samples: int = 1  # responses per prompt
     max_new_tokens: int = 256
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
     seed: int = 0
-    max_rows: int = 320  # responses decoded at once; with max_prompts it bounds the KV cache
-    max_prompts: int | None = None  # prompts held at once; None: max_rows / samples
+    max_rows: int = 320  # responses decoded at once: bounds the KV cache
 
 
 class Policy:
@@ -431,8 +430,7 @@ def generate(model, prompts, ends, sampling, keys=None, on_response=None, static
     if 0 in lengths:
         raise InputError(f"prompt {lengths.index(0)} is empty")
     G = sampling.samples
-    B = max(1, sampling.max_rows // G)
-    B = min(B, sampling.max_prompts or B, len(prompts))
+    B = min(max(1, sampling.max_rows // G), len(prompts))
     cuda = model.model.norm.weight.is_cuda
     static = cuda if static is None else static
     slots = Slots(model, B, max(lengths), ends, sampling, static)
@@ -516,7 +514,7 @@ def arguments():
     p.add_argument("--model", required=True, help="Hugging Face folder or hub id")
     p.add_argument("--prompts", required=True, help='JSONL of {"messages": [...]} or {"prompt": "..."}')
     p.add_argument("--out", required=True, help="JSONL: each line again, with its responses")
-    for f in fields(Sampling)[:-1]:
+    for f in fields(Sampling):
         p.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, default=f.default, help=HELP.get(f.name))
     p.add_argument("--greedy", action="store_true",
                    help="the likeliest token each time (one response per prompt is enough)")

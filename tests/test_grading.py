@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+import config
 import grading
 import llm
 import rollout
@@ -123,6 +124,12 @@ def world_of(tmp_path, marks_checkpoint):
         return make_world(tmp_path / name, marks_checkpoint, **grader | more)
 
     return make
+
+
+@pytest.mark.parametrize("samples, greedy, rows", [(3, False, 192), (3, True, 64), (10, False, 320)])
+def test_an_evaluation_holds_no_more_prompts_at_once_than_training(samples, greedy, rows):
+    cfg = config.Config(run_dir="run", eval=config.EvalConfig(samples=samples))  # in training 64 x 5 rows
+    assert (grading.sampling_of(cfg).max_rows, grading.sampling_of(cfg, True, greedy).max_rows) == (320, rows)
 
 
 @pytest.fixture

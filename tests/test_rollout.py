@@ -231,15 +231,15 @@ def test_fixed_shapes_and_late_news_of_the_end(exact, frequent_ends, monkeypatch
         assert len(passes) == len(one.tokens) + static
 
 
-def test_max_prompts_bounds_the_prompts_held_at_once(exact, monkeypatch):
+def test_max_rows_bounds_the_prompts_held_at_once(exact, monkeypatch):
     most, want = {}, None
-    for max_prompts in (None, 2):
+    for max_rows in (320, 2):
         got, passes = watched(monkeypatch, exact, PROMPTS, 1, temperature=0, max_new_tokens=5,
-                              max_prompts=max_prompts)
+                              max_rows=max_rows)
         want = want or tokens_of(got)
         assert tokens_of(got) == want
-        most[max_prompts] = max(p.active + p.prefilled for p in passes)
-    assert most == {None: len(PROMPTS), 2: 2}
+        most[max_rows] = max(p.active + p.prefilled for p in passes)
+    assert most == {320: len(PROMPTS), 2: 2}
 
 
 def test_buckets_leave_out_neither_the_top_nor_the_bottom():
