@@ -426,7 +426,7 @@ def sampled_responses(cfg, n):
     turns = Random(cfg.seed).sample(turns, min(n, len(turns)))
     policy, cfg = load_policy(cfg), cfg.model_copy(deep=True)
     cfg.data.long_prompts = "drop"
-    prompts = encode_prompts(policy.tokenizer, cfg.data.prompt, turns, cfg)
+    prompts = encode_prompts(policy.tokenizer, turns, cfg)
     sampling = grading.sampling_of(cfg, evaluation=True)
     responses = rollout.generate(policy.model, [p.tokens for p in prompts], policy.ends, sampling)
     anchors = []

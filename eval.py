@@ -84,7 +84,7 @@ def evaluate_run(cfg):
     run, folder = cfg.run_path, model_of(cfg)
     steps = max((line.get("step", 0) for line in read_log(run)), default=0)
     judge = grading.open_judge(cfg)
-    prompts = encode_prompts(load_tokenizer(folder), cfg.data.prompt, load_turns(cfg, "eval"), cfg)
+    prompts = encode_prompts(load_tokenizer(folder), load_turns(cfg, "eval"), cfg)
     # The weights come last: whatever a user can mend is found before they are read.
     policy = load_policy(folder, device, parallel.compute_dtype(cfg.model.dtype, device))
     graded = {how: evaluate(policy, judge, prompts, cfg, how == "greedy", f"{folder} {how}")

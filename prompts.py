@@ -145,9 +145,9 @@ def encode_prompt(tokenizer, system, turn):
     return apply_template(tokenizer, [first, *(message.dump() for message in turn.context)])
 
 
-def encode_prompts(tokenizer, file, turns, cfg):
-    """Turns and the file of the system prompt -> list of Prompt, none over rollout.max_prompt_tokens."""
-    system = load_prompt(file)
+def encode_prompts(tokenizer, turns, cfg, file=None):
+    """Turns -> list of Prompt, none over rollout.max_prompt_tokens. file: not data.prompt, but this one."""
+    system = load_prompt(file or cfg.data.prompt)
     prompts = [Prompt(turn, encode_prompt(tokenizer, system, turn)) for turn in turns]
     return within_limit(prompts, [(len(prompt.tokens), prompt.turn.turn_id) for prompt in prompts],
                         "max_prompt_tokens", cfg)

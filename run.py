@@ -137,7 +137,7 @@ def held_out_prompts(cfg, tokenizer):
     if cfg.train.eval_every is None:
         return None
     turns = load_turns(cfg, "valid" if cfg.data.valid_sessions else "eval")
-    return encode_prompts(tokenizer, cfg.data.prompt, turns, cfg)
+    return encode_prompts(tokenizer, turns, cfg)
 
 
 def training_prompts(cfg, tokenizer):
@@ -148,7 +148,7 @@ def training_prompts(cfg, tokenizer):
     if not turns:
         raise InputError(f"{turns_file(cfg, 'train')} holds no continue turns, and reward.mode=no_rs trains "
                          "on nothing else")
-    return encode_prompts(tokenizer, policy_prompt(cfg), turns, cfg)
+    return encode_prompts(tokenizer, turns, cfg, policy_prompt(cfg))
 
 
 def encode_trees(run, prompts, texts):

@@ -118,7 +118,7 @@ def main():
     if path.is_file() and not same_made(cfg):
         raise InputError(f"{path} was made with other settings than this config's: run pairs.py again")
     pairs = load_pairs(path, load_turns(cfg, "train"))
-    prompts = encode_prompts(run.policy.tokenizer, cfg.data.prompt, pairs, cfg)
+    prompts = encode_prompts(run.policy.tokenizer, pairs, cfg)
     trees = running.encode_trees(run, prompts, [[p.turn.chosen, p.turn.rejected] for p in prompts])
     running.load(run, len(trees), [path, cfg.data.prompt])
     inputs = [config.made_with(cfg, "reference"), str(run.dtype), identity(run.folder), run.inputs]

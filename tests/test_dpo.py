@@ -170,7 +170,7 @@ def test_it_equals_trl(run, folders64, tmp_path, tiny_tokenizer):
     rejected = ["Red?", "Do you smoke at night?", "é", "How?", "Why now?", "Hm"]
     texts = [[prompts.expert_response(turn), text] for turn, text in zip(turns, rejected)]
     (tmp_path / "prompt.md").write_text("Why: {goal}")
-    encoded = prompts.encode_prompts(tiny_tokenizer, tmp_path / "prompt.md", turns, run.cfg)
+    encoded = prompts.encode_prompts(tiny_tokenizer, turns, run.cfg, tmp_path / "prompt.md")
     trees = running.encode_trees(run, encoded, texts)
     base = SimpleNamespace(**vars(run) | {"folder": folders64[1], "dir": tmp_path})
     figures, grads, _ = step(run, trees, train_dpo.reference_logprobs(base, trees, "x"))

@@ -104,7 +104,7 @@ def test_greedy_is_the_likeliest_token_at_each_place(run, show, tiny_checkpoint,
     folder, args = run
     show(*args)
     cfg, model = config.load(list(map(str, args))), AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
-    prompts = encode_prompts(tiny_tokenizer, cfg.data.prompt, load_turns(cfg, "eval"), cfg)
+    prompts = encode_prompts(tiny_tokenizer, load_turns(cfg, "eval"), cfg)
     for prompt, g in zip(prompts, load_graded(folder / "graded_greedy.jsonl"), strict=True):
         ids = torch.tensor([prompt.tokens])
         out = model.generate(ids, do_sample=False, max_new_tokens=4)[0, ids.shape[1]:]

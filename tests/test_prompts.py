@@ -55,7 +55,7 @@ def test_long_prompts_are_refused_or_left_out(tiny_tokenizer, monkeypatch, capsy
 
     def encode(most, how):
         cfg = make_config(rollout__max_prompt_tokens=most, data__long_prompts=how)
-        return prompts.encode_prompts(tiny_tokenizer, tmp_path / "prompt.md", turns(), cfg)
+        return prompts.encode_prompts(tiny_tokenizer, turns(), cfg, tmp_path / "prompt.md")
 
     monkeypatch.setenv("RANK", rank)
     lengths = [len(p.tokens) for p in encode(999, "error")]

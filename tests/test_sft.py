@@ -151,7 +151,7 @@ def test_with_merged_tokens_nothing_reaches_over_the_border(tmp_path):
     tokenizer = pharmacy.make_tokenizer(pharmacy.corpus(3, 60))
     run = SimpleNamespace(cfg=make_config(), policy=SimpleNamespace(tokenizer=tokenizer), rank=0)
     (tmp_path / "prompt.md").write_text("Why: {goal}.")
-    encoded = prompts.encode_prompts(tokenizer, tmp_path / "prompt.md", golden_turns(), run.cfg)
+    encoded = prompts.encode_prompts(tokenizer, golden_turns(), run.cfg, tmp_path / "prompt.md")
     texts = [[prompts.expert_response(prompt.turn)] for prompt in encoded]
     trees = running.encode_trees(run, encoded, texts)
     responses = [tree.branches[0].tokens for tree in trees]
