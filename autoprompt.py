@@ -22,7 +22,7 @@ and, as a table, TYPE.md. Scores and replies are kept, so an interrupted search 
 import json
 import sys
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import combinations, starmap
 from pathlib import Path
 from random import Random
 from statistics import fmean, pstdev
@@ -187,13 +187,6 @@ def readings(kind, source, cfg, prompt, anchors, seeds=(0,)):
     bar = tqdm(anchors, desc=kind, unit=" anchors", leave=False, disable=None)
     for anchor, replies in llm.in_order(source, bar, ask):
         yield anchor, [reply and read(reply) for reply in replies]
-
-
-def disagreement(kind, said):
-    """How far several readings of one anchor differ."""
-    if kind == "grader":
-        return pstdev(said)
-    return 1 - fmean(f1(a, b) for a, b in combinations(said, 2))
 
 
 def shown(kind, example, said):
@@ -464,8 +457,8 @@ def margin(kind, cfg, own):
     for example, said in readings(kind, source, cfg, source.prompt, some, range(own.repeats)):
         said = [s for s in said if s is not None]
         if len(said) > 1:
-            rows.append({**example.dump(), repeated: said, label: None,
-                         "disagreement": disagreement(kind, said)})
+            spread = pstdev(said) if kind == "grader" else 1 - fmean(starmap(f1, combinations(said, 2)))
+            rows.append({**example.dump(), repeated: said, label: None, "disagreement": spread})
     rows.sort(key=lambda row: -row["disagreement"])
     write_jsonl(path, rows[:own.n])
     print(f"{llm.report(source)}\nwrote {path}: {min(own.n, len(rows))} of {len(rows)} examples. Fill "
