@@ -176,10 +176,7 @@ def readings(kind, source, cfg, prompt, anchors, seeds=(0,)):
         if kind == "grader":
             question = grading.grader_question(prompt, anchor.turn, anchor.response)
             return [source.submit(*question, seed) for seed in seeds]
-        utts = hindsight.utterances(anchor.session.messages, cfg.hindsight.end_markers)
-        messages = hindsight.extractor_messages(prompt, utts, anchor.session.goal or cfg.data.goal,
-                                                cfg.hindsight.generic)
-        return [source.submit(messages, hindsight.Extraction, seed, utts) for seed in seeds]
+        return hindsight.ask(source, prompt, anchor.session, cfg, seeds)
 
     def read(reply):
         return reply.score if kind == "grader" else list(map(str, reply.items))

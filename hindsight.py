@@ -217,11 +217,19 @@ class Extraction(Reply):
         return out
 
 
+def ask(source, prompt, session, cfg, seeds):
+    """Ask a language model what a session reveals, once for each seed. -> futures of Extractions"""
+    how = cfg.hindsight
+    utts = utterances(session.messages, how.end_markers)
+    messages = extractor_messages(prompt, utts, session.goal or cfg.data.goal, how.generic)
+    return [source.submit(messages, Extraction, seed, utts) for seed in seeds]
+
+
 class Extractor:
     """Reads sessions as hindsight.source says."""
 
     def __init__(self, cfg):
-        self.settings = how = cfg.hindsight
+        self.cfg, how = cfg, cfg.hindsight
         read = cfg.data.lexicon and how.source != "annotations"  # they come before a lexicon that is mined
         self.lexicon = lexicon.load(cfg.data.lexicon) if read else None  # always there for the rules
         self.goal = cfg.data.goal or (self.lexicon.goal if self.lexicon else "")
@@ -233,18 +241,14 @@ class Extractor:
         There are hindsight.self_check readings, without those that the language model failed at.
         """
         if self.source:
-            for session, replies in llm.in_order(self.source, sessions, self.ask):
+            asked = partial(ask, self.source, self.source.prompt, cfg=self.cfg,
+                            seeds=range(self.cfg.hindsight.self_check))
+            for session, replies in llm.in_order(self.source, sessions, asked):
                 yield session, [reply.by_utterance for reply in replies if reply]
         else:
             for session in sessions:
                 lex = self.lexicon and self.lexicon.at(session.goal)
                 yield session, [partial(extract_rules, lex=lex) if lex else extract_annotations]
-
-    def ask(self, session):
-        utts = utterances(session.messages, self.settings.end_markers)
-        messages = extractor_messages(self.source.prompt, utts, session.goal, self.settings.generic)
-        return [self.source.submit(messages, Extraction, seed, utts)
-                for seed in range(self.settings.self_check)]
 
 
 # -------------------------------------------------------------------------------------------- decision points
