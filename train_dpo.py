@@ -115,7 +115,7 @@ def load_pairs(path, turns):
 def main():
     run = running.start(__doc__, "train_dpo.py")
     cfg, path = run.cfg, run.dir / "pairs.jsonl"
-    if path.is_file() and not same_made(cfg):
+    if not same_made(cfg):
         raise InputError(f"{path} was made with other settings than this config's: run pairs.py again")
     pairs = load_pairs(path, load_turns(cfg, "train"))
     prompts = encode_prompts(run.policy.tokenizer, pairs, cfg)
