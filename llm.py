@@ -14,14 +14,13 @@ one more reply is asked for. After that the ask is given up and counted: its res
 
 Usable replies are kept in a file (llm.cache) by a hash of model, messages, sampling parameters and schema, so
 that a rerun repeats no paid call. Several processes of one machine may share it. The key to the server comes
-from the environment and appears nowhere else.
+from the environment and appears nowhere else: where the server sends it back, it reads ***.
 """
 import asyncio
 import functools
 import itertools
 import json
 import os
-import random
 import re
 import sqlite3
 import threading
@@ -37,7 +36,6 @@ from config import Stream, need
 from prompts import PROMPTS, apply_template, load_prompt
 from records import InputError, explain, hash_of, identity, shorten
 
-PAUSE = 0.5  # seconds after a failed attempt, doubled with each further one, up to eight
 LONGEST, BRACES = 500_000, 2000  # a longer reply, or one with more braces, is not read
 GIVE_UP = 40  # asks in a row that the server left unanswered, retries included: it is down
 
@@ -231,16 +229,20 @@ class Ask:
 
 REFUSED = (400, 422)  # HTTP: the server refuses this ask (too long, say), not any
 DENIED = (401, 403, 404)  # HTTP: it will answer no ask
-AGAIN = (408, 409, 429)  # HTTP: it may answer the next attempt, as after an error of its own (500 and above)
 
 
-def pause(error, attempt):
-    """Seconds to wait after a failed attempt: as the server says (Retry-After), else longer each time."""
-    try:
-        told = float(error.response.headers["Retry-After"])
-    except (AttributeError, LookupError, ValueError):
-        told = 0
-    return told if 0 < told <= 60 else PAUSE * 2 ** min(attempt, 4) * random.uniform(0.75, 1)
+def whole(send, seconds):
+    """An HTTP client's send, but it may take so long from the first byte to the last. A server may drip."""
+    import httpx2  # what openai builds on
+
+    async def bounded(*args, **more):
+        try:
+            async with asyncio.timeout(seconds):
+                return await send(*args, **more)
+        except TimeoutError:
+            raise httpx2.ReadTimeout("")  # as the client knows it: it tries again
+
+    return bounded
 
 
 class Endpoint:
@@ -249,8 +251,17 @@ class Endpoint:
     def __init__(self, role, settings, cfg):
         import openai
         self.role, self.settings, self.openai = role, settings, openai
-        key = os.environ.get(settings.api_key_env) or "EMPTY"
-        self.client = openai.AsyncOpenAI(base_url=settings.base_url, api_key=key, timeout=None, max_retries=0)
+        key = os.environ.get(settings.api_key_env, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise InputError(f"llm.{role}.api_key_env: ${settings.api_key_env} holds a character "
+                             "that no header can carry: set it to the key alone")
+        # What a server sends back may hold the key, however JSON escapes it. One of a few characters is none.
+        forms = "".join(rf"\\{{0,9}}({re.escape(c)}|u{ord(c):04x})" for c in key)
+        self.key = re.compile(forms if len(key) > 7 else "(?!)", re.I)
+        http = openai.DefaultAsyncHttpxClient(timeout=None)
+        http.send = whole(http.send, settings.timeout_s)
+        self.client = openai.AsyncOpenAI(base_url=settings.base_url, api_key=key or "EMPTY", http_client=http,
+                                         max_retries=settings.retries)
         self.schema_known, self.in_a_row = True, 0
         self.gate = asyncio.Semaphore(settings.concurrency)
         self.loop = asyncio.new_event_loop()
@@ -273,19 +284,12 @@ class Endpoint:
 
         Raises Unanswered where the server denies everything, or has left GIVE_UP asks in a row unanswered.
         """
-        s = self.settings
         async with self.gate:
             began = time.perf_counter()
-            for attempt in itertools.count():
-                try:
-                    async with asyncio.timeout(s.timeout_s):  # to its last byte: a server may drip
-                        response = await self.complete(ask)
-                    break
-                except (self.openai.OpenAIError, OSError) as error:
-                    status = getattr(error, "status_code", 500)  # none: no connection, or no reply in time
-                    if attempt == s.retries or status < 500 and status not in AGAIN:
-                        return self.unanswered(error)
-                    await asyncio.sleep(pause(error, attempt))
+            try:
+                response = await self.complete(ask)
+            except self.openai.OpenAIError as error:
+                return self.unanswered(error)
             self.tally.seconds.append(time.perf_counter() - began)
         self.in_a_row = 0
         return self.text_of(response.content)
@@ -306,12 +310,11 @@ class Endpoint:
 
     def text_of(self, body):
         """The bytes of an answer -> the reply's text, or a ValueError that says why it holds none."""
-        body = body.decode("utf-8-sig", "backslashreplace")  # what is no UTF-8 makes it no JSON either
+        body = self.key.sub("***", body.decode("utf-8-sig", "backslashreplace"))  # no UTF-8: then no JSON
         try:
             answer = json.loads(body)
             for kind, name in {"tokens_in": "prompt_tokens", "tokens_out": "completion_tokens"}.items():
-                used = answer.get("usage")  # it decides nothing
-                n = isinstance(used, dict) and used.get(name)
+                n = (answer.get("usage") or {}).get(name)
                 if isinstance(n, int) and 0 < n < 1e9:
                     self.tally.n[kind] += n
             return answer["choices"][0]["message"]["content"].encode(errors="replace").decode()
@@ -321,8 +324,7 @@ class Endpoint:
     def unanswered(self, error):
         """Note an error of the client. -> None; raises Unanswered where it is the end."""
         s, status = self.settings, getattr(error, "status_code", None)
-        reason = str(error) or f"no whole reply within llm.{self.role}.timeout_s={s.timeout_s}"
-        told = f"{type(error).__name__}: {reason}".replace(self.client.api_key, "***")
+        told = self.key.sub("***", f"{type(error).__name__}: {error}")
         self.tally.why = " ".join(told.split())[:300]
         self.in_a_row += status not in REFUSED
         if status in DENIED or self.in_a_row >= GIVE_UP:

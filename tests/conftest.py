@@ -212,9 +212,9 @@ def source_of(tmp_path):
 
 @pytest.fixture
 def client(monkeypatch):
-    """Endpoints with a back-off of milliseconds, and with a key in the environment. -> the key"""
-    import llm
-    monkeypatch.setattr(llm, "PAUSE", 0.01)
+    """The openai client with a back-off of milliseconds, and with a key in the environment. -> the key"""
+    import openai._base_client
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-0123456789")
     monkeypatch.chdir(Path(__file__).resolve().parent.parent)
     return os.environ["OPENAI_API_KEY"]

@@ -16,7 +16,8 @@ ORDER = """records config logs
     eval pairs
     run table1 autoprompt
     train_grpo train_sft train_dpo""".split()
-OPTIONAL = {"openai", "plotly", "wandb", "transformers", "tokenizers", "huggingface_hub", "trl", "datasets"}
+OPTIONAL = {"openai", "plotly", "wandb", "transformers", "tokenizers", "huggingface_hub", "trl", "datasets",
+            "httpx2"}
 WITH_TORCH = {"torch", "model", "parallel", "rollout"}  # late in llm.py: hindsight.py does without
 CEILINGS = {".": 49_020, "tests": 105_000, "toy": 10_000, "bench": 5_500, "corpora": 2_715}  # code tokens
 LAYOUT = {"NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER"}
