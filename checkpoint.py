@@ -186,9 +186,9 @@ class Log:
         run = cfg.run_path
         path = run / "metrics.jsonl"
         lines = [m for m in read_log(run) if step and m.get("step", step + 1) <= step]
-        if lost := {*range(1, step + 1)}.difference(m["step"] for m in lines):
-            print(f"warning: {path} lacks the figures of {len(lost)} steps (step {min(lost)} is the first): "
-                  "lines of it are torn or lost. The training itself lacks nothing")
+        if len({0, *(m["step"] for m in lines)}) <= step:
+            print(f"warning: {path} lacks the figures of some of its {step} steps: lines are torn. "
+                  "The training itself lacks nothing")
         write_jsonl(path, lines)
         self.file = open(path, "a", encoding="utf-8")
         self.bar = tqdm(total=total, initial=step, desc=run.name, unit="step")

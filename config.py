@@ -12,6 +12,7 @@ Each key also declares what it affects, so there is one answer to "was this made
     training   the weights of a run and its checkpoints   scores  the scores that Auto-Prompt keeps
     reference  the base model's log-probs that DPO keeps
 """
+import os
 import re
 from enum import IntEnum
 from operator import attrgetter
@@ -57,13 +58,11 @@ Texts = Annotated[list[str], ONE_OR_MORE]
 
 
 def tidy(path):
-    """A path as it is compared and kept: "./runs//a/" and "runs/a" are one."""
-    return str(Path(path)) if path else path
+    """A path as it is compared and kept: "./runs//a/" and "runs/a" are one.
 
-
-def tidy_model(path):
-    """The same for a folder. What is none may be a hub id, and "./a/b" must not become one."""
-    return tidy(path) if Path(path).is_dir() else path
+    What is not there stays as it is: "./a/b" must not become the name of a model of the hub.
+    """
+    return str(Path(path)) if os.path.exists(path) else path
 
 
 File = Annotated[str, AfterValidator(tidy)]
@@ -78,7 +77,7 @@ def key(default, help, affects="training", read_by="", **bounds):
 
 
 class ModelConfig(Exact):
-    path: Annotated[str, AfterValidator(tidy_model)] = key(
+    path: File = key(
         "", "Hugging Face folder or hub id of the base model; the KL reference is the same checkpoint",
         "training scores")
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = key(
@@ -456,11 +455,6 @@ def is_text(name):
     return annotation is str or get_origin(annotation) is Literal
 
 
-def is_override(arg):
-    """Is an argument key=value, and not the path of a config?"""
-    return "=" in arg and not Path(arg).is_file()
-
-
 def override(arg):
     """A command-line argument key=value -> (key, value)."""
     name, equals, text = arg.partition("=")
@@ -504,7 +498,7 @@ def load(argv, doc=None, may_plan=False):
     if {"-h", "--help"} & set(argv):
         print(help_text(doc), flush=True)
         raise SystemExit(0)
-    if not argv or is_override(argv[0]):
+    if not argv or "=" in argv[0]:
         raise InputError("the first argument is a config, as configs/toy/grpo.yaml (--help lists all keys)")
     found = read_yaml(argv[0])
     for arg in argv[1:]:

@@ -101,7 +101,7 @@ def evaluate_run(cfg):
         write_json(run / "eval.json", {**sampled, "model": str(folder), "decoding": name, "steps": steps,
                                        "samples": cfg.eval.samples, "turns": world,
                                        "config": config.flatten(cfg), "greedy": greedy})
-        page = report.write([run])
+        page = report.try_to_write(run)
         print(f"wrote {run / 'eval.json'}, {page}; beside them {', '.join(DECODINGS.values())}")
     parallel.stop()
 

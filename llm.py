@@ -66,20 +66,28 @@ class Cache:
     """
 
     def __init__(self, path):
+        self.path = path
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self.run("PRAGMA synchronous=OFF")  # a kill loses nothing; a power cut may
+        self.run("CREATE TABLE IF NOT EXISTS reply (key TEXT PRIMARY KEY, text TEXT)")
+
+    @functools.cached_property
+    def db(self):
+        return sqlite3.connect(self.path, timeout=120, isolation_level=None, check_same_thread=False)
+
+    def run(self, *statement):
         try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self.db = sqlite3.connect(path, timeout=120, isolation_level=None, check_same_thread=False)
-            self.db.execute("PRAGMA synchronous=OFF")  # a kill loses nothing; a power cut may
-            self.db.execute("CREATE TABLE IF NOT EXISTS reply (key TEXT PRIMARY KEY, text TEXT)")
-        except (OSError, sqlite3.Error) as error:
-            raise InputError(f"llm.cache: {path} cannot be used ({error}): name another file or remove it")
+            return self.db.execute(*statement).fetchone()
+        except sqlite3.Error as error:
+            raise InputError(f"llm.cache: {self.path} cannot be used ({error}): make room, name another file "
+                             "or remove it")
 
     def get(self, what):
-        row = self.db.execute("SELECT text FROM reply WHERE key = ?", (hash_of(what),)).fetchone()
+        row = self.run("SELECT CAST(text AS TEXT) FROM reply WHERE key = ?", (hash_of(what),))
         return row and row[0]
 
     def put(self, what, text):
-        self.db.execute("INSERT OR REPLACE INTO reply VALUES (?, ?)", (hash_of(what), text))
+        self.run("INSERT OR REPLACE INTO reply VALUES (?, ?)", (hash_of(what), text))
 
 
 def parse_object(text):

@@ -6,7 +6,6 @@ file, and a rerun replaces it. `InputError` is the one exception for what a user
 it as a single line (`cli`).
 """
 import difflib
-import errno
 import fcntl
 import hashlib
 import json
@@ -31,6 +30,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 STOP = "<stop />"  # what the policy writes to end the conversation; also its target at a stop turn
@@ -43,7 +43,7 @@ class InputError(Exception):
 
 
 def cli(main):
-    """Run main(). An InputError, or a file that cannot be used, ends the process with one line and exit code 2.
+    """Run main(). An InputError, or a file that cannot be used, ends the process in one line, exit code 2.
 
     Of the ranks of a node that fail alike only the first prints: the others wait a little, until torchrun has
     ended them. A rank that lost another one in a collective waits longest: the other has the reason.
@@ -55,7 +55,7 @@ def cli(main):
         except BrokenPipeError:  # whoever read the output, say `head`, wants no more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
-        except (InputError, OSError, RuntimeError) as error:
+        except (InputError, OSError, SafetensorError, RuntimeError) as error:
             lost = isinstance(error, RuntimeError)
             if lost and "by peer" not in str(error):  # gloo: Connection closed by peer
                 raise
@@ -63,10 +63,10 @@ def cli(main):
                 bar.close()
             time.sleep(2 * int(os.environ.get("LOCAL_RANK", 0)) + 5 * lost)
             told = "another process of this run has ended, for the reason that it tells" if lost else error
-            print(f"error: {told}", file=sys.stderr)
+            print("error:", told, file=sys.stderr)
             sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted (a training run goes on from its last checkpoint when started again)", file=sys.stderr)
+        print("interrupted: started again, a training run goes on from its last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 
@@ -356,6 +356,8 @@ def read_records(path, kind, way_out=""):
 def whole_file(path):
     """Write a whole file or nothing: what is opened here lies aside, and is renamed at the end."""
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -363,6 +365,9 @@ def whole_file(path):
             yield f
         sync(aside)
         os.replace(aside, path)
+    except OSError as error:  # that of a full disk names no file
+        error.filename = error.filename or str(path)
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
@@ -372,9 +377,6 @@ def sync(path):
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a filesystem that cannot do this for a folder
-            raise
     finally:
         os.close(handle)
 
@@ -450,8 +452,10 @@ def lock(folder, name=".lock"):
     f = open(path, "a")
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise InputError(f"{folder} is in use by {path.read_text()}: wait, end it, or choose another run_dir")
+    except OSError as error:  # some file systems have no locks
+        print(f"warning: {path} cannot be locked ({error}): see that no other process uses this folder")
     path.write_text(f"process {os.getpid()} ({' '.join(sys.argv)})")
     LOCKS[path] = f
 

@@ -368,6 +368,14 @@ def write_turns(out, told, turns, strange):
         table=f'<div class="scroll"><pre>{esc(told)}</pre></div>', groups=foldable(entries))
 
 
+def try_to_write(run):
+    """Write the page of a run whose figures stand already -> its path, or one line of why there is none."""
+    try:
+        return write([run])
+    except Exception as error:  # no page is worth them
+        return f"report.html was not written ({error!r})"
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("runs", nargs="+", metavar="RUN", help="a run folder")

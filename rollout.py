@@ -30,7 +30,7 @@ import pack
 import parallel
 from model import wide
 from prompts import apply_template, end_ids, load_tokenizer
-from records import InputError, Message, Record, cli, explain, read_jsonl, write_jsonl
+from records import InputError, Message, Record, as_line, cli, explain, read_jsonl, whole_file
 
 PREFILL_TOKENS = 4096  # prompt tokens per prefill pass: bounds its activations
 BLOCK = 512  # tokens of the vocabulary that pick() looks at together
@@ -541,14 +541,15 @@ def main():
     policy.model = decoder.load(folder, device, parallel.compute_dtype("auto", device))
     sampling = Sampling(a.samples, a.max_new_tokens, 0 if a.greedy else a.temperature, a.top_p, a.seed,
                         a.max_rows)
-    with tqdm(total=len(prompts) * a.samples, unit="response", desc="rollout") as bar:
+    bar = tqdm(total=len(prompts) * a.samples, unit="response", desc="rollout")
+    with whole_file(a.out) as out, bar:  # whether it can be written is found before the sampling
         groups = generate(policy.model, prompts, policy.ends, sampling,
                           on_response=lambda *response: bar.update())
-    for obj, group in zip(objects, groups):
-        obj["responses"] = [policy.text(r.tokens) for r in group]
-        obj["logprobs"] = [sum(r.logprobs) for r in group]
-        obj["finish"] = [r.finish for r in group]
-    write_jsonl(a.out, objects)
+        for obj, group in zip(objects, groups):
+            obj["responses"] = [policy.text(r.tokens) for r in group]
+            obj["logprobs"] = [sum(r.logprobs) for r in group]
+            obj["finish"] = [r.finish for r in group]
+        out.writelines(map(as_line, objects))
     print(f"{len(prompts)} prompts x {a.samples} -> {a.out}")
 
 

@@ -363,7 +363,7 @@ def finish(run):
     if run.held_out:
         show_groups(run, "after")
     if run.rank == 0:
-        page = report.write([run.dir])
+        page = report.try_to_write(run.dir)
         print(f"trained {run.total} steps; model: {run.dir / 'export'}, metrics: "
               f"{run.dir / 'metrics.jsonl'}, look at {page}")
     parallel.stop()

@@ -108,15 +108,14 @@ def main():
     p.add_argument("--sessions", type=int, default=0, help="show so many held-out conversations at the end")
     p.add_argument("--root", help="folder of the runs, each named like its config (default: their run_dir)")
     args = p.parse_intermixed_args()
-    overrides, rows = list(filter(config.is_override, args.configs)), {}
+    overrides, rows = [c for c in args.configs if "=" in c], {}
     for path in args.configs:
-        if config.is_override(path):
-            continue
-        where = [f"run_dir={args.root}/{Path(path).stem}"] if args.root else []
-        row = path, overrides + where, args.nproc
-        first = rows.setdefault(config.load([path, *row[1]]).run_path.resolve(), row)
-        if first is not row:
-            raise InputError(f"{first[0]} and {path} have one run_dir: give each row its own, or name one")
+        if "=" not in path:
+            where = [f"run_dir={args.root}/{Path(path).stem}"] if args.root else []
+            run = config.load([path, *overrides, *where]).run_path.resolve()
+            if run in rows:
+                raise InputError(f"{rows[run][0]} and {path} have one run_dir: give each row its own")
+            rows[run] = path, overrides + where, args.nproc
     if not rows:
         raise InputError("no config named: give a YAML for each row, e.g. configs/toy/grpo.yaml")
     runs = [run_row(*row) for row in rows.values()]

@@ -239,6 +239,13 @@ GOOD | --model nobody/no-such-model | nobody/no-such-model
 """  # lines of --prompts, further arguments, what is said
 
 
+def test_where_rollout_writes_is_checked_before_it_samples(refused, monkeypatch, tmp_path, tiny_checkpoint):
+    monkeypatch.setattr(rollout, "generate", lambda *_, **how: pytest.fail("sampled"))
+    good = ["--model", tiny_checkpoint, "--prompts", write_lines(tmp_path / "p.jsonl", ['{"prompt": "hi"}'])]
+    for out, said in (("", " is a folder: name a file"), ("p.jsonl/out", "p.jsonl'")):
+        assert refused(rollout, *good, "--out", tmp_path / out).endswith(said)
+
+
 @pytest.mark.parametrize("case", PROMPTS.strip("\n").splitlines())
 def test_prompts_and_arguments_of_rollout(refused, tmp_path, tiny_checkpoint, case):
     lines, arguments, said = map(str.strip, case.split("|"))

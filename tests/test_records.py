@@ -1,12 +1,16 @@
 """records.py: what a line may hold, what is said of a fault, files read and written whole."""
+import errno
 import json
 import subprocess
 import sys
 
 import pytest
+import torch
 from pydantic import ValidationError
+from safetensors.torch import save_file
 from tqdm import tqdm
 
+import faulty
 import records
 from records import ExtractorAnchor, GraderAnchor, InputError, Pair, Reply, Session, Turn, explain
 from world import REPO
@@ -131,8 +135,35 @@ def test_identity_tells_files_and_folders_apart(tmp_path):
     assert records.identity(tmp_path / "b") == one and records.identity(tmp_path) != folder
 
 
+def test_a_full_disk_names_the_file_and_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    records.write_json(path, {"a": 1})
+    monkeypatch.setattr(records.os, "fsync", lambda _: faulty.full())
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        records.write_json(path, {"b": 2})
+    assert records.read_json(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(InputError, match="is a folder: name a file"):
+        records.write_text(tmp_path, "")
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(records.fcntl, "flock", flock)
+    records.lock(tmp_path)
+    told = f"warning: {tmp_path / '.lock'} cannot be locked ([Errno 95] Operation not supported): see that no"
+    assert capsys.readouterr().out.startswith(told)
+
+
+def test_library_errors_about_files_are_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        records.cli(lambda: save_file({"a": torch.zeros(2)}, "/none/such"))
+    assert end.value.code == 2 and capsys.readouterr().err.startswith("error: Error while serializing: I/O ")
+
+
 def test_an_error_does_not_stand_amid_a_progress_bar(capsys, monkeypatch):
-    """One line and exit code 2; other ranks of a node say it after a while, in which torchrun ends them."""
+    """One line and exit code 2; other ranks of a node say it later, when torchrun should have ended them."""
     def main():
         bar = tqdm(total=3, desc="work")  # held by its name while the error passes
         bar.update()
@@ -144,7 +175,7 @@ def test_an_error_does_not_stand_amid_a_progress_bar(capsys, monkeypatch):
     waits = []
     monkeypatch.setattr(records.time, "sleep", waits.append)
     for rank, work, said in (("0", main, "\nerror: bad\n"), ("1", main, "\nerror: bad\n"),
-                             ("1", lost, "error: another process of this run has ended, for the reason that")):
+                             ("1", lost, "error: another process of this run has ended, for the reason")):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit) as end:
             records.cli(work)
@@ -166,7 +197,7 @@ def test_ctrl_c_is_one_line_also_while_a_rank_waits(capsys, monkeypatch):
     for work in interrupted, bad:
         with pytest.raises(SystemExit) as end:
             records.cli(work)
-        assert end.value.code == 130 and capsys.readouterr().err.startswith("interrupted (a training run goes on")
+        assert end.value.code == 130 and capsys.readouterr().err.startswith("interrupted: started again, ")
 
 
 def test_what_needs_no_torch_loads_none():
