@@ -40,7 +40,7 @@ _CLAUSE = re.compile(rf"[,.;:!…\n，。；：！、—–{QUESTION_MARKS}]|\s-
 _LEAD_IN = re.compile(
     r"(?:and|but|so|also|then|now|well|ok|okay|please)(?![A-Za-z])[\s,，:]*"
     r"|[^\s,，:：—]+(?:\s+[^\s,，:：—]+){0,5}\s*[,，:：—]\s*", re.I)
-_EDGE = re.compile(r"^[^\w]+|[^\w]+$")
+_INNER = re.compile(r"\w(?:.*\w)?", re.S)  # without the marks around it
 
 
 # ------------------------------------------------------------------------------------------------------- load
@@ -349,7 +349,7 @@ def revealed(question, answer, lex):
 
 
 def _yes_or_no(clause, lex):
-    forms = clause.strip(), _EDGE.sub("", clause)
+    forms = clause.strip(), *_INNER.findall(clause)
     for value, patterns in (("yes", lex.yes), ("no", lex.no)):
         if any(p.fullmatch(form) for p in patterns for form in forms):
             return value

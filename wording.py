@@ -21,7 +21,8 @@ import numpy as np
 from lexicon import sentences, words
 
 FEWEST = 700  # questions: with 400 of them 4% of the experts' own would be taken for garbled
-_LEAD_IN = re.compile(r"^\W*[^\s,，:：]+(?: [^\s,，:：]+)?[,，:：]\s*")  # "Well, "
+# "Well, "; the bounds keep the search linear
+_LEAD_IN = re.compile(r"^\W{0,50}[^\s,，:：]{1,99}(?: [^\s,，:：]{1,99})?[,，:：]\s*")
 
 
 def split(text):

@@ -351,6 +351,12 @@ def test_parse_object(text, value):
     assert llm.parse_object(text) == value
 
 
+@pytest.mark.parametrize("unit", ["{", '{"a":[', '{"a":', '{"a":1,', '{"', "[", " "])
+def test_a_long_reply_without_an_object_takes_no_time(unit):
+    with pytest.raises(ValueError, match="no JSON object|braces"):
+        llm.parse_object(unit * (200_000 // len(unit)))
+
+
 @pytest.mark.parametrize("text", ["", "no", "[1]", '{"a": 1', '{"a": 1} {"a": 2}', "{'a': 1}", '{"a": 1}' * 2,
                                   '{"a": "\\ud83d"}', '<think>so {"a": 1}', '{"a": 1} </think>{"a": 2}',
                                   "{" * 10 ** 6, '{"a":' * 10 ** 5,
