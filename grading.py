@@ -118,7 +118,7 @@ def grade_one(turn, response, judge, verdict=None):
         omega = verdict and reward.OMEGA.get(verdict.questions, 0.0)
     else:
         omega = reward.omega_rule(response, decided, lex)
-    return Rollout(turn_id=turn.turn_id, session_id=turn.session_id, sample=0, response=response, truth=truth,
+    return Rollout(turn_id=turn.turn_id, session_id=turn.session_id, response=response, truth=truth,
                    decision=decided, r_a=r_a, r_s=right, omega=omega,
                    reward=reward.fuse(r_a, right, omega, how.mode, how.beta))
 

@@ -244,7 +244,7 @@ def test_missing(refused, put, tmp_path):
     for folder in ("nowhere", "."):
         assert "is no folder with dialogues" in refused(sgd, tmp_path / folder, out)
     put("train/dialogues_001.json", [SGD])
-    assert "Is a directory" in refused(sgd, tmp_path / "corpus", tmp_path)
+    assert "is a folder: name a file" in refused(sgd, tmp_path / "corpus", tmp_path)
     assert "usage: python -m corpora.sgd FOLDER out.jsonl" in refused(sgd, tmp_path / "corpus")
     assert not out.exists()
 

@@ -123,7 +123,7 @@ def test_outcomes(lex, case):
     response = response.replace(r"\n", "\n")
     graded = grade(turn("My throat hurts", decision=truth), response, lex)
     assert graded.dump() == {
-        "turn_id": "s_1", "session_id": "s", "sample": 0, "response": response, "truth": truth,
+        "turn_id": "s_1", "session_id": "s", "response": response, "truth": truth,
         "decision": decided, "r_a": float(r_a), "r_s": float(truth == decided),
         "omega": float(omega), "reward": float(total)}
 
