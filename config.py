@@ -12,6 +12,7 @@ Each key also declares what it affects, so there is one answer to "was this made
     training   the weights of a run and its checkpoints   scores  the scores that Auto-Prompt keeps
     reference  the base model's log-probs that DPO keeps
 """
+import json
 import os
 import re
 from enum import IntEnum
@@ -34,7 +35,7 @@ from pydantic import (
     model_validator,
 )
 
-from records import STOP, Exact, InputError, Share, explain, nearest, write_text
+from records import STOP, Exact, InputError, Share, explain, flaw, nearest, shorten, write_text
 
 
 class Stream(IntEnum):
@@ -349,6 +350,7 @@ def contradictions(cfg):
         unread = read_by and t.loss in KNOWN_LOSSES and t.loss not in read_by
         yield unread and value != default(name), (
             f"{name} has no effect with train.loss={t.loss}; remove it")
+        yield "\\u0000" in json.dumps(value) or flaw(value), f"{name} holds a NUL or half a surrogate pair"
     yield r.omega == "llm" and r.grader != "llm", (
         "reward.omega=llm needs reward.grader=llm: the grader counts the questions in the same call")
     yield cfg.hindsight.self_check > 1 and cfg.hindsight.source != "llm", (
@@ -385,7 +387,18 @@ class EachKeyOnce(yaml.constructor.BaseConstructor):
 
 
 class Loader(EachKeyOnce, yaml.SafeLoader):
-    """Reads YAML in which 5e-7 is a number (in YAML 1.1 it is a text)."""
+    """Reads YAML in which 5e-7 is a number (in YAML 1.1 it is a text). A bad value names its line."""
+
+    def construct_object(self, node, deep=False):
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError) as error:  # "2026-02-30", "0x_", "!!bool x"
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {shorten(node.value)} ({error})")
+
+    def flatten_mapping(self, node):
+        super().flatten_mapping(node)
+        if len(node.value) > 1000:  # merges of merges
+            raise yaml.YAMLError("'<<' merges too many keys")
 
 
 class Dumper(yaml.SafeDumper):
@@ -397,20 +410,27 @@ for kind in (Loader, Dumper):
                                re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), None)
 
 
+def parse_yaml(text, loader, where):
+    """What a YAML says. InputError names where it stands: PyYAML may raise anything at a bad one."""
+    try:
+        return yaml.load(text, loader)
+    except Exception as error:
+        raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}")
+
+
 def read_yaml(path, seen=()):
     """One YAML file and all it inherits by `base:` (paths beside the file; later ones win)
     -> {dotted key: (value, the file it comes from)}."""
     path = Path(path)
-    if path.resolve() in seen:
-        raise InputError(f"{path}: 'base:' leads back to itself")
     try:
-        tree = yaml.load(path.read_text("utf-8"), Loader)
+        text, here = path.read_text("utf-8"), path.resolve()
     except FileNotFoundError:
         raise InputError(f"no such config: {path}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"config {path} cannot be read ({error})")
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}")
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path with a NUL
+        raise InputError(f"config {str(path)!r} cannot be read ({error})")
+    if here in seen:
+        raise InputError(f"{path}: 'base:' leads back to itself")
+    tree = parse_yaml(text, Loader, path)
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a config is a mapping of keys, not {type(tree).__name__}")
@@ -420,7 +440,7 @@ def read_yaml(path, seen=()):
         raise InputError(f"{path}: base must be the path of another config, or a list of them")
     found = {}
     for base in bases:
-        found |= read_yaml(path.parent / base, (*seen, path.resolve()))
+        found |= read_yaml(path.parent / base, (*seen, here))
     return found | flat_tree(tree, path)
 
 
@@ -431,7 +451,8 @@ def flat_tree(tree, where, prefix=""):
         dotted = f"{prefix}{name}"
         if dotted in SECTIONS:
             if not isinstance(value, dict):
-                raise InputError(f"{where}: '{dotted}' is a section: its value is a mapping, not {value!r}")
+                raise InputError(f"{where}: '{dotted}' is a section: its value is a mapping, not "
+                                 f"{shorten(value)}")
             found |= flat_tree(value, where, dotted + ".")
         elif dotted in FIELDS:
             found[dotted] = value, where
@@ -462,10 +483,7 @@ def override(arg):
         raise InputError(f"argument {arg!r} is not of the form key=value")
     if name not in FIELDS:
         raise unknown(name, "command line")
-    try:
-        return name, text if is_text(name) else yaml.load(text, Loader)
-    except yaml.YAMLError:
-        raise InputError(f"command line: the value of {name} is not valid YAML: {text!r}")
+    return name, text if is_text(name) else parse_yaml(text, Loader, f"command line: the value of {name}")
 
 
 def build(found):

@@ -21,8 +21,8 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ValidationError, model_validator
 
-from config import EachKeyOnce
-from records import InputError, explain
+from config import EachKeyOnce, parse_yaml
+from records import InputError, explain, shorten
 
 QUESTION_MARKS = "?？﹖؟⸮\u037e՞፧⁇⁈⁉‽❓❔"
 LONGEST_RESPONSE = 600  # characters; a longer one is no question to a user, whatever it holds
@@ -55,8 +55,8 @@ def _compiled(text):
     try:
         re.compile(text)  # alone first: an unbalanced ")" must not close the group below
         return re.compile(f"{before}(?:{text}){after}", re.I)
-    except re.error as error:
-        raise ValueError(f"bad regex {text!r} ({error})")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"bad regex {shorten(text)} ({error})")
 
 
 Patterns = list[Annotated[str, AfterValidator(_compiled)]]
@@ -142,11 +142,11 @@ class TextLoader(EachKeyOnce, yaml.BaseLoader):
 def load(path):
     """Read a lexicon YAML -> Lexicon. InputError names the file and the key."""
     try:
-        return Lexicon.model_validate(yaml.load(Path(path).read_text("utf-8"), TextLoader))
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text("utf-8")
+    except (OSError, ValueError) as error:
         raise InputError(f"lexicon {path} cannot be read ({error})")
-    except yaml.YAMLError as error:
-        raise InputError(f"lexicon {path}: not valid YAML: {' '.join(str(error).split())}")
+    try:
+        return Lexicon.model_validate(parse_yaml(text, TextLoader, f"lexicon {path}"))
     except ValidationError as error:
         raise InputError(f"lexicon {path}: {explain(error).strip()}")
 

@@ -268,8 +268,11 @@ class Endpoint:
         self.key = re.compile(forms if len(key) > 7 else "(?!)", re.I)
         http = openai.DefaultAsyncHttpxClient(timeout=None)
         http.send = whole(http.send, settings.timeout_s)
-        self.client = openai.AsyncOpenAI(base_url=settings.base_url, api_key=key or "EMPTY", http_client=http,
-                                         max_retries=settings.retries)
+        try:
+            self.client = openai.AsyncOpenAI(base_url=settings.base_url, api_key=key or "EMPTY",
+                                             http_client=http, max_retries=settings.retries)
+        except Exception as error:  # httpx has several for what is no address
+            raise InputError(f"llm.{role}.base_url={settings.base_url} cannot be used ({error})")
         self.schema_known, self.in_a_row = True, 0
         self.gate = asyncio.Semaphore(settings.concurrency)
         self.loop = asyncio.new_event_loop()

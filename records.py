@@ -82,7 +82,7 @@ WANTED = {"string_type": "a text", "int_type": "a whole number", "int_from_float
 
 def nearest(name, names, shown=str):
     """-> "; did you mean 'x'?" for the nearest of the names, or nothing. shown(name): as it is shown."""
-    near = difflib.get_close_matches(str(name), names, 1)
+    near = isinstance(name, str) and difflib.get_close_matches(name, names, 1)
     return f"; did you mean '{shown(near[0])}'?" if near else ""
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from contextlib import redirect_stdout
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args, get_origin
@@ -157,15 +158,42 @@ base: [none.yaml]             | no such config: ... none.yaml
 train.lr                      | argument 'train.lr' is not of the form key=value
 train=1                       | command line: 'train' is a section
 train.rl=1                    | command line: unknown key 'train.rl'; did you mean 'train.lr'
-train.lr=[                    | the value of train.lr is not valid YAML
+train.lr=[                    | the value of train.lr: not valid YAML
 train.steps=many              | command line: train.steps must be a whole number, not 'many'
 train.lr=null                 | train.lr must be a number
+seed: 2026-02-30              | c.yaml: not valid YAML: line 2: '2026-02-30' (day is out of range for month)
+seed: 0x_                     | c.yaml: not valid YAML: line 2: '0x_'
+seed: !!bool x                | c.yaml: not valid YAML: line 2: 'x'
+seed: !!timestamp x           | c.yaml: not valid YAML: line 2: 'x'
+seed: !!map 3                 | c.yaml: not valid YAML
+seed=2026-02-30               | command line: the value of seed: not valid YAML: line 1: '2026-02-30'
+seed=NINES                    | command line: the value of seed: not ... '999 ... the limit (4300 digits)
+seed: NINES                   | c.yaml: not valid YAML: line 2: '999 ... Exceeds the limit (4300 digits)
+seed: BOMB                    | c.yaml: seed must be a whole number, not
+train: BOMB                   | c.yaml: 'train' is a section: its value is a mapping, not [
+base: BOMB                    | base must be the path of another config, or a list of them
+train: {kl: BOMB}             | c.yaml: train.kl must be 'k2' or 'k3', not [
+MERGES: 1                     | c.yaml: not valid YAML: '<<' merges too many keys
+train: {<<: {lr: 1}, <<: {steps: 2}} | c.yaml: not valid YAML: '<<' stands twice below line 2
+data: {logs: DEEP}            | c.yaml: not valid YAML: maximum recursion depth exceeded
+data.logs=DEEP                | command line: the value of data.logs: not valid YAML
+model: {path: "a\\0b"}         | c.yaml: model.path holds a NUL or half a surrogate pair
+data: {logs: ["a\\0b"]}        | c.yaml: data.logs holds a NUL or half a surrogate pair
+data: {goal: "\\ud83d"}        | c.yaml: data.goal holds a NUL or half a surrogate pair
+base: "a\\0b.yaml"             | a\\x00b.yaml' cannot be read (embedded null byte)
 """
+# Aliases of aliases: a few lines that would fill the memory if they were written out.
+HUGE = {"NINES": "9" * 5000, "DEEP": "[" * 1500 + "]" * 1500,
+        "BOMB": "[&a [x]" + "".join(f", &{b} [{f'*{a}, ' * 9}]" for a, b in pairwise("abcdefghijk")) + "]",
+        "MERGES: 1": "a: &a {lr: 1, steps: 2}" + "".join(
+            f"\n{b}: &{b} {{<<: [{f'*{a}, ' * 9}]}}" for a, b in pairwise("abcdefghijk"))}
 
 
 @pytest.mark.parametrize("text, words", [re.split(" +\\| ", line) for line in WRONG.strip().splitlines()])
 def test_wrong_values_are_refused(tmp_path, text, words):
     """Lines of a YAML (they have a colon), or an override."""
+    for short, long in HUGE.items():
+        text = text.replace(short, long)
     line = says(tmp_path, text.replace("; ", "\n")) if ":" in text else says(tmp_path, "", text)
     assert all(part in line for part in words.split(" ... "))
 

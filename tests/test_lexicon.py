@@ -1,6 +1,7 @@
 """lexicon.py: what is asked for, what is revealed, and what a broken lexicon says."""
 import re
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -161,6 +162,10 @@ def test_yaml_words_that_yaml_reads_as_booleans_stay_words(lex):
     ("complaints:", "more: 1\ncomplaints:", "unknown key 'more'; it may hold goal, yes, no, openers, "),
     ("yes_no: true", "yes_no: true\n    no: [x]", "attributes.fever: unknown key 'no'; it may hold asks, "),
     ("goal: Find", "goal: [Find", "not valid YAML"),
+    ("goal: Find", f"goal: {'[' * 1500} Find", "not valid YAML: maximum recursion depth exceeded"),
+    ("asks: [fever", "asks: ['a{99999999999}'", "attributes.fever.asks.0: bad regex 'a{99999999999}' (the"),
+    ("goal: Find", "goal: [&a [x]" + "".join(f", &{b} [{f'*{a}, ' * 9}]" for a, b in pairwise("abcdefghijk"))
+     + "]\nGoal: Find", "goal must be a text, not [['x'], [["),  # aliases of aliases: huge if written out
     ("  medicine:", "  cough:", "not valid YAML: 'cough' stands twice below line"),
     (THROAT, "[]", "must be an object, not []"),
 ])
@@ -176,8 +181,9 @@ def test_a_missing_lexicon(tmp_path):
         lexicon.load(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("unit", ["how long? ", "!", ".", "?", "a", "fever, ", "发", " ", "and ", "\n", "'", "-", "1",
-                                  "a.", "/", "α;", ",", "_", "\u200b", "http://!", "\u00a0", "no ", "{", "\\"])
+@pytest.mark.parametrize("unit", [
+    "how long? ", "!", ".", "?", "a", "fever, ", "发", " ", "and ", "\n", "'", "-", "1", "a.", "/", "α;", ",", "_",
+    "\u200b", "http://!", "\u00a0", "no ", "{", "\\"])
 def test_long_texts_take_no_time(lex, unit):
     start, text = time.perf_counter(), unit * (40_000 // len(unit))
     for text in (text, f"no {text} a?"):

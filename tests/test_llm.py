@@ -28,6 +28,11 @@ class Number(Reply):
     a: int
 
 
+def test_an_address_that_is_none_is_told_with_its_key(source_of):
+    with pytest.raises(InputError, match=r"llm.grader.base_url=http://\[::1 cannot be used \("):
+        source_of("http://[::1")
+
+
 # ---------------------------------------------------------------------------------- the protocol's failures
 
 # What the server does with the requests -> the grade, and how many requests, calls and repairs that takes.

@@ -32,7 +32,7 @@ Turn | {"target": "fever: no"} | target must be a list, not 'fever: no'
 Session | {"session_id": true} | session_id must be a text, not True
 Session | {"session_id": " "} | session_id must not be blank
 Session | {"success": "false"} | success must be true or false, not 'false'
-Session | {"messages": [{USER, "content": [LONG]}]} | messages.0.content must be a text, not ['xxxxxxxxxxxx...xxxxxxxxxxxxx']
+Session | {"messages": [{USER, "content": [LONG]}]} | messages.0.content must be a text, not ['xxxxxxxxxxxx...
 Session | {"messages": [{USER, "asks": "z"}]} | messages.0.asks must be a list, not 'z'
 Session | {"messages": [{USER, "learned": {"a": {}}}]} | messages.0.learned must hold texts, numbers or lists
 Pair | {"rejected": " "} | rejected must not be blank
