@@ -145,6 +145,8 @@ def step_memory(job):
                      "gradients at work": root}
     moments = [in_head, in_layer, in_last_layer,
                {"gradients at work": ends * job.root}]  # embedding's and head's, when all others are done
+    if t.moments_on_host:  # in AdamW's step those of a parameter, at most of embedding and head
+        moments.append({"AdamW moments": 2 * master * job.root / job.world})
     if t.kl_coef:
         moments.append(in_head | {"log-probs": logprobs, "weights at work": root,
                                   "reference at work": ahead + forward_peak(job, packed)})
@@ -176,8 +178,7 @@ def memory(job):
     """-> {"training": {what: bytes}, "sampling": {what: bytes}} on the rank that holds most."""
     t = job.cfg.train
     weights = job.shard * job.master
-    moments = job.master * job.root / job.world if t.moments_on_host else weights  # the largest ones at work
-    kept = {"master weights": weights, "AdamW moments": 2 * moments}
+    kept = {"master weights": weights, "AdamW moments": 2 * weights * (not t.moments_on_host)}
     if t.kl_coef:
         kept["reference"] = job.shard * job.compute
     phases = {"training": kept | step_memory(job)}

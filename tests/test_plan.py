@@ -367,10 +367,9 @@ def test_moments_on_the_host_leave_room_for_those_of_the_largest_parameter(make_
     sizes = [p.numel() * 4 for p in model.parameters()]
     here, away = (plan.memory(job_of(config_of(folder, train__moments_on_host=away), folder))["training"]
                   for away in (False, True))
-    assert here["AdamW moments"] == 2 * sum(sizes) and away["AdamW moments"] >= 2 * max(sizes)
-    assert away["AdamW moments"] < 0.95 * here["AdamW moments"]
-    assert {k: v for k, v in here.items() if "AdamW" not in k} == {
-        k: v for k, v in away.items() if "AdamW" not in k}
+    assert here["AdamW moments"] == 2 * sum(sizes)
+    assert sum(away.values()) >= sum(sizes) * 2 + 2 * max(sizes)  # weights, gradients, two moments
+    assert away == here | {"AdamW moments": 0}  # at the peak, which is in the head
 
 
 def test_gradients_are_gone_while_sampling(train, monkeypatch, tmp_path, tiny_checkpoint):
