@@ -13,10 +13,12 @@ that is sent. A reply must hold one JSON object that the class accepts. If it do
 one more reply is asked for. After that the ask is given up and counted: its result is None, never a silent 0.
 
 Usable replies are kept in a file (llm.cache) by a hash of model, messages, sampling parameters and schema, so
-that a rerun repeats no paid call. Several processes of one machine may share it. The key to the server comes
-from the environment and appears nowhere else: where the server sends it back, it reads ***.
+that a rerun repeats no paid call. Several processes of one machine may share it: what one of them asks a
+server, the others wait for. The key to the server comes from the environment and appears nowhere else: where
+the server sends it back, it reads ***.
 """
 import asyncio
+import fcntl
 import functools
 import itertools
 import json
@@ -59,35 +61,51 @@ def open_source(role, cfg):
     return source
 
 
+@functools.cache
+def say(text):
+    """Print it, but only once."""
+    print(text)
+
+
 class Cache:
     """Texts by what was asked (any JSON), in an SQLite file. Several processes may use it at once.
 
-    It belongs to one source, whose asks all run on one thread.
+    It belongs to one source, whose asks all run on one thread. Where the file fails on the way, nothing is
+    found or kept, which is said once.
     """
 
     def __init__(self, path):
         self.path = path
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self.run("PRAGMA synchronous=OFF")  # a kill loses nothing; a power cut may
-        self.run("CREATE TABLE IF NOT EXISTS reply (key TEXT PRIMARY KEY, text TEXT)")
-
-    @functools.cached_property
-    def db(self):
-        return sqlite3.connect(self.path, timeout=120, isolation_level=None, check_same_thread=False)
-
-    def run(self, *statement):
         try:
-            return self.db.execute(*statement).fetchone()
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self.db = sqlite3.connect(path, timeout=120, isolation_level=None, check_same_thread=False)
+            self.db.execute("PRAGMA synchronous=OFF")  # a kill loses nothing; a power cut may
+            self.db.execute("CREATE TABLE IF NOT EXISTS reply (key TEXT PRIMARY KEY, text TEXT)")
+            self.claims = open(f"{path}.claims", "w")
+        except (OSError, sqlite3.Error) as error:
+            raise InputError(f"llm.cache: {path} cannot be used ({error}): make room, name another file or "
+                             "remove it")
+
+    def run(self, sql, *values):
+        try:
+            return self.db.execute(sql, values).fetchone()
         except sqlite3.Error as error:
-            raise InputError(f"llm.cache: {self.path} cannot be used ({error}): make room, name another file "
-                             "or remove it")
+            say(f"warning: llm.cache: {self.path}: {error}; what it does not hold is asked again")
 
     def get(self, what):
-        row = self.run("SELECT CAST(text AS TEXT) FROM reply WHERE key = ?", (hash_of(what),))
+        row = self.run("SELECT CAST(text AS TEXT) FROM reply WHERE key = ?", hash_of(what))
         return row and row[0]
 
     def put(self, what, text):
-        self.run("INSERT OR REPLACE INTO reply VALUES (?, ?)", (hash_of(what), text))
+        self.run("INSERT OR REPLACE INTO reply VALUES (?, ?)", hash_of(what), text)
+
+    def claim(self, what, how=fcntl.LOCK_EX | fcntl.LOCK_NB):
+        """Is this for us to ask? Not while another process asks it. A claim is the lock of one byte, which a
+        hash names. It ends by LOCK_UN, or with its process."""
+        try:
+            return not fcntl.lockf(self.claims, how, 1, int(hash_of(what)[:15], 16))
+        except BlockingIOError:
+            return False
 
 
 def parse_object(text):
@@ -179,8 +197,8 @@ def in_order(source, items, submit):
 class Ask:
     """One question to a language model: from the cache or a first reply, at most one repair, then the end.
 
-    A source calls take() with each reply to `request`, until the ask is `over`. The result is an instance of
-    reply_class, or None: the ask is invalid (two unusable replies) or failed (no reply).
+    A source calls look(), then take() with each reply to `request`, until the ask is `over`. The result is an
+    instance of reply_class, or None: the ask is invalid (two unusable replies) or failed (no reply).
 
     context: what the validators of reply_class may read.
     """
@@ -193,7 +211,10 @@ class Ask:
                         "max_tokens": s.max_tokens, "seed": seed}  # as the chat-completions API has it
         self.what = [self.request, schema_of(reply_class)]  # decides the reply
         source.tally.n["asks"] += 1
-        known = source.cache.get(self.what)
+
+    def look(self):
+        """Take the reply that is kept, if there is one."""
+        known = self.source.cache.get(self.what)
         if known is not None:
             self.take(known, "cached")
 
@@ -217,7 +238,7 @@ class Ask:
             if origin == "calls":  # an unusable reply is not kept: the next run asks again
                 self.source.cache.put(self.what, text)
             return self.end("answered")
-        tally.why = f"{fault}, in {text[:200]!r}" if text else str(fault)
+        tally.why = f"{fault}, in {text[:200]!r}"
         if self.repaired:
             return self.end("invalid")
         self.repaired = True
@@ -239,18 +260,14 @@ REFUSED = (400, 422)  # HTTP: the server refuses this ask (too long, say), not a
 DENIED = (401, 403, 404)  # HTTP: it will answer no ask
 
 
-def whole(send, seconds):
-    """An HTTP client's send, but it may take so long from the first byte to the last. A server may drip."""
-    import httpx2  # what openai builds on
-
-    async def bounded(*args, **more):
-        try:
-            async with asyncio.timeout(seconds):
-                return await send(*args, **more)
-        except TimeoutError:
-            raise httpx2.ReadTimeout("")  # as the client knows it: it tries again
-
-    return bounded
+async def whole(send, seconds, *args, **more):
+    """An HTTP client's send(*args, **more), in so many seconds from first to last. A server may drip."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await send(*args, **more)
+    except TimeoutError:
+        import httpx2  # what openai is made with
+        raise httpx2.ReadTimeout("")  # after which it tries again
 
 
 class Endpoint:
@@ -260,14 +277,14 @@ class Endpoint:
         import openai
         self.role, self.settings, self.openai = role, settings, openai
         key = os.environ.get(settings.api_key_env, "").strip()
-        if not (key.isascii() and key.isprintable()):
+        if not re.fullmatch("[ -~]*", key):
             raise InputError(f"llm.{role}.api_key_env: ${settings.api_key_env} holds a character "
                              "that no header can carry: set it to the key alone")
         # What a server sends back may hold the key, however JSON escapes it. One of a few characters is none.
         forms = "".join(rf"\\{{0,9}}({re.escape(c)}|u{ord(c):04x})" for c in key)
         self.key = re.compile(forms if len(key) > 7 else "(?!)", re.I)
         http = openai.DefaultAsyncHttpxClient(timeout=None)
-        http.send = whole(http.send, settings.timeout_s)
+        http.send = functools.partial(whole, http.send, settings.timeout_s)
         try:
             self.client = openai.AsyncOpenAI(base_url=settings.base_url, api_key=key or "EMPTY",
                                              http_client=http, max_retries=settings.retries)
@@ -285,9 +302,15 @@ class Endpoint:
         pass
 
     async def answer(self, *question, **more):
-        ask = Ask(self, *question, **more)  # here, as the cache belongs to this thread
-        while not ask.over:
-            ask.take(await self.call(ask))
+        ask = Ask(self, *question, **more)
+        while not self.cache.claim(ask.what):
+            await asyncio.sleep(0.1)
+        try:
+            ask.look()  # here, as the cache belongs to this thread
+            while not ask.over:
+                ask.take(await self.call(ask))
+        finally:
+            self.cache.claim(ask.what, fcntl.LOCK_UN)
         return ask.result
 
     async def call(self, ask):
@@ -324,12 +347,11 @@ class Endpoint:
         body = self.key.sub("***", body.decode("utf-8-sig", "backslashreplace"))  # no UTF-8: then no JSON
         try:
             answer = json.loads(body)
-            for kind, name in {"tokens_in": "prompt_tokens", "tokens_out": "completion_tokens"}.items():
-                n = (answer.get("usage") or {}).get(name)
-                if isinstance(n, int) and 0 < n < 1e9:
-                    self.tally.n[kind] += n
+            used = answer.get("usage") or {}
+            for kind, name in ("tokens_in", "prompt_tokens"), ("tokens_out", "completion_tokens"):
+                self.tally.n[kind] += min(used.get(name) or 0, 10 ** 9)
             return answer["choices"][0]["message"]["content"].encode(errors="replace").decode()
-        except (ValueError, RecursionError, AttributeError, LookupError, TypeError) as error:
+        except Exception as error:  # whatever is wrong with its form
             return ValueError(f"not an answer of this API ({error!r}): {shorten(body)}")
 
     def unanswered(self, error):
@@ -370,8 +392,9 @@ class Local:
         self.sampling = rollout.Sampling(1, settings.max_tokens, settings.temperature, max_rows=rows)
 
     def submit(self, *question, **more):
-        future = Future()
-        self.waiting.append((future, Ask(self, *question, **more)))
+        future, ask = Future(), Ask(self, *question, **more)
+        ask.look()
+        self.waiting.append((future, ask))
         return future
 
     def drain(self):
