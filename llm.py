@@ -340,6 +340,7 @@ class Endpoint:
                     raise
         response = await create()
         self.schema_known = False  # what the server refused was the schema: plain JSON from now on
+        say(f"llm.{self.role}: {self.settings.base_url} takes no JSON schema: it is asked without one")
         return response
 
     def text_of(self, body):

@@ -140,14 +140,17 @@ def test_what_no_retry_can_mend_ends_in_one_line(client, script, models, words, 
     assert all(word in told for word in words), told
 
 
-def test_a_server_without_schemas(serve, source_of):
-    """Plain JSON from then on: one refused request, not one an ask."""
+def test_a_server_without_schemas(capfd, serve, source_of):
+    """Plain JSON from then on, said once: one refused request, not one an ask."""
     server = serve(schemas=False, record=True)
     source = source_of(server)
     questions = QUESTION, "Anything else?", "Do you smoke?"
     assert [graded(source, q) for q in questions] == [WELL, (0.5, 1), (0.5, 1)]
     assert server.requests == 4 and counts(source)["calls"] == 3
     assert ["response_format" in body for body in server.bodies] == [True, False, False, False]
+    assert None not in values(*[ask(source_of(server), f"{i}?") for i in range(9)])
+    told = f"llm.grader: {server.url} takes no JSON schema: it is asked without one\n"
+    assert capfd.readouterr().out == told
 
 
 def test_one_ask_that_the_server_refuses_is_one_failure(serve, source_of):
