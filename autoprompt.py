@@ -186,14 +186,14 @@ def readings(kind, source, cfg, prompt, anchors, seeds=(0,)):
         yield anchor, [reply and read(reply) for reply in replies]
 
 
-def shown(kind, example, said):
+def shown(kind, example, said, cfg):
     """An example, and what was said about it, as the writer sees them."""
     if kind == "grader":
         return {"conversation": spoken(example.turn.context), "targets": example.turn.target,
                 "candidate": example.response, "wanted": example.score, "given": said}
     if kind == "extractor":
-        return {"conversation": spoken(hindsight.utterances(example.session.messages)),
-                "wanted": example.items, "given": said}
+        utts = hindsight.utterances(example.session.messages, cfg.hindsight.end_markers)
+        return {"conversation": spoken(utts), "wanted": example.items, "given": said}
     return {"conversation": spoken(example.context), "to_be_learned": example.target,
             "right": example.decision, "answers": said}
 
@@ -325,7 +325,7 @@ def search(kind, cfg, own, scores, best, parts):
         now, said = scores(best, calibration)
         reached, ahead = fmean(now), []
         worst = np.argsort(now, kind="stable")[:max(SHOWN, len(now) // 4)]
-        wrong = [shown(kind, calibration[i], said[i]) for i in worst]
+        wrong = [shown(kind, calibration[i], said[i], cfg) for i in worst]
         proposed = candidates(kind, best, number, own.candidates, writer, reached, wrong)
         for k, (origin, prompt) in enumerate(proposed, 1):
             c = Candidate(number, k, origin, prompt=prompt)

@@ -258,6 +258,8 @@ def test_extractor_scores(desk):
     assert exact("b", [nothing])[0] == [1.0]
     assert by_model("a", examples)[0] == [pytest.approx(2 * 2 / 3)]  # the matcher says so
     assert by_model("b", examples)[0] == [0.0] and "never" not in str(desk.sources["extractor"].asked)
+    told = autoprompt.shown("extractor", examples[0], [], cfg)["conversation"]
+    assert [line["text"] for line in told] == ["cough", "Since when?", "two days"]  # as the extractor reads it
     matched = [1, 3]  # there is no third: exact match decides
     assert by_model("a", examples)[0] == [pytest.approx(2 / 3)]
 
