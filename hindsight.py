@@ -35,7 +35,7 @@ import llm
 import logs
 import metrics
 import report
-from prompts import chat, dump, read_turns, spoken
+from prompts import chat, dump, fill_goal, read_turns, spoken
 from records import (
     InputError,
     Message,
@@ -183,7 +183,7 @@ def extract_annotations(utts):
 
 def extractor_messages(prompt, utts, goal, generic):
     """The conversation as JSON lines, one a numbered utterance, so that no text can pass for another line."""
-    prompt = prompt.replace("{goal}", goal).replace("{generic}", ", ".join(generic) or "none")
+    prompt = fill_goal(prompt.replace("{generic}", ", ".join(generic) or "none"), goal)
     return chat(prompt, "\n".join(dump({"utterance": i, **said}) for i, said in enumerate(spoken(utts), 1)))
 
 

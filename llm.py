@@ -35,7 +35,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from config import Stream, need
-from prompts import PROMPTS, apply_template, load_prompt
+from prompts import PROMPTS, apply_template, escape, load_prompt
 from records import InputError, explain, hash_of, identity, shorten
 
 LONGEST, BRACES = 500_000, 2000  # a longer reply, or one with more braces, is not read
@@ -244,8 +244,8 @@ class Ask:
         self.repaired = True
         tally.n["repairs"] += 1
         if text:  # an empty reply is not shown again
-            wanted = f"That cannot be used: {fault}. Answer again with the JSON object alone."
-            messages = [*self.request["messages"], {"role": "assistant", "content": text[:4000]},
+            wanted = escape(f"That cannot be used: {fault}. Answer again with the JSON object alone.")
+            messages = [*self.request["messages"], {"role": "assistant", "content": escape(text[:4000])},
                         {"role": "user", "content": wanted}]
             self.request = {**self.request, "messages": messages}
 

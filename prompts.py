@@ -1,10 +1,12 @@
 """From a turns file to token ids: prompt files, chat templates, the expert's responses to learn from.
 
-Dialogue text is data. For the policy's tokenizer special tokens written out in it are broken up (`plain`);
-for a language model it is a JSON string that cannot close its own quotes (`dump`).
+Dialogue text is data. What could open a tag or a special token of any model is written as an escape
+(`escape`), also in a goal. For the policy's tokenizer its own special tokens are broken up too (`plain`); for
+a language model a text is a JSON string that cannot close its own quotes (`dump`).
 """
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,12 @@ from records import STOP, InputError, Turn, file_hash, read_json, read_records
 
 PROMPTS = {"extractor": "prompts/extractor.md", "grader": "prompts/grader.md",
            "auditor": "prompts/grader.md", "writer": "prompts/rejected.md"}
+
+
+# <|im_end|>, </s>, <start_of_turn>, <0x0A>, [INST] and its like, and line ends that JSON does not escape.
+MARKUP = re.compile(r"<(?=[^\W\d]|[/|!?｜]|\d\w*>)"
+                    r"|\[(?=/?(?:INST|SYS|AVAILABLE_|TOOL_|MODEL_|THINK|ARGS|CALL_ID|IMG|g?MASK))"
+                    r"|[\x85\u2028\u2029]")
 
 
 # --------------------------------------------------------------------------------------------- turns of a run
@@ -90,6 +98,15 @@ def end_ids(folder, tokenizer):
     return ids
 
 
+def escape(text):
+    """Write what could open a tag or special token, and line separators, as JSON does.
+
+    >>> print(escape("a < b, x<5: <b></s>[INST] [1]"))
+    a < b, x<5: \\u003cb>\\u003c/s>\\u005bINST] [1]
+    """
+    return MARKUP.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
 def plain(tokenizer, text):
     """Break up special tokens written out in a text, so that nobody can end a turn by typing <|im_end|>."""
     for token in tokenizer.get_added_vocab():
@@ -136,7 +153,7 @@ def load_prompt(path, placeholders=("goal",)):
 
 
 def fill_goal(prompt, goal):
-    return prompt.replace("{goal}", goal or "")
+    return prompt.replace("{goal}", escape(goal or ""))
 
 
 def encode_prompt(tokenizer, system, turn):
@@ -197,7 +214,7 @@ def encode_response(tokenizer, text):
 
 def dump(obj):
     """Texts for a language model, as JSON: none can close its own quotes or hold a token like <|im_end|>."""
-    return json.dumps(obj, ensure_ascii=False).replace("<|", "\\u003c|")
+    return escape(json.dumps(obj, ensure_ascii=False))
 
 
 def spoken(messages):
