@@ -41,6 +41,7 @@ from records import (
     Message,
     Reply,
     Session,
+    Slot,
     Text,
     Turn,
     as_line,
@@ -190,7 +191,7 @@ def extractor_messages(prompt, utts, goal, generic):
 class Item(Reply):
     """Something that the client reveals."""
     utterance: int  # the number of the utterance that reveals it, from 1
-    slot: Text
+    slot: Slot
     value: Text
 
     def __str__(self):
@@ -541,6 +542,8 @@ def main(argv=None):
     lock(cfg.run_path)
     lock(folder)
     extractor = Extractor(cfg)
+    for left in folder.glob(".building.*"):  # by a run that was killed
+        left.unlink()
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix=".building.", dir=folder) as made:
         train = build_file(cfg, "logs", made, extractor, {})
         part, turns, checks = divide(train.turns, cfg.data, cfg.seed), train.turns, train.checks

@@ -22,7 +22,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ValidationError, model_validator
 
 from config import EachKeyOnce, parse_yaml
-from records import InputError, explain, shorten
+from records import InputError, Slot, explain, shorten
 
 QUESTION_MARKS = "?？﹖؟⸮\u037e՞፧⁇⁈⁉‽❓❔"
 LONGEST_RESPONSE = 600  # characters; a longer one is no question to a user, whatever it holds
@@ -100,7 +100,7 @@ class Lexicon(Entry):
     openers: Patterns  # empty: a question may begin with anything
     generic_questions: Patterns
     requests: Patterns = []  # a sentence that begins with one asks, also without a question mark
-    attributes: dict[str, Attribute]
+    attributes: dict[Slot, Attribute]
     complaints: dict[str, Complaint]
 
     @model_validator(mode="after")

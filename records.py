@@ -157,6 +157,12 @@ def not_blank(text):
     return text
 
 
+def named(slot):
+    if not slot_key(slot):
+        raise ValueError("must name a slot")
+    return slot
+
+
 def check_score(score):
     if score not in SCORES:
         raise ValueError(f"must be 0, 0.5 or 1, not {shorten(score)}")
@@ -165,6 +171,7 @@ def check_score(score):
 
 Decision = Literal["continue", "stop"]
 Text = Annotated[str, AfterValidator(not_blank)]
+Slot = Annotated[str, AfterValidator(named)]
 Score = Annotated[float, AfterValidator(check_score), Field(json_schema_extra={"enum": list(SCORES)})]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -178,8 +185,8 @@ class Message(Record):
 class LogMessage(Message):
     """A message of a log, with the annotations that a log may have."""
     model_config = ConfigDict(extra="allow")
-    learned: dict[str, Any] | None = None  # user: what the message reveals, {slot: value}
-    asks: list[str] | None = None  # assistant: the slots it asks for
+    learned: dict[Slot, Any] | None = None  # user: what the message reveals, {slot: value}
+    asks: list[Slot] | None = None  # assistant: the slots it asks for
 
     @field_validator("learned")
     @classmethod
@@ -263,7 +270,7 @@ class GraderAnchor(Record):
 class ExtractorAnchor(Record):
     """The items that a person finds in a session, for Auto-Prompt."""
     session: Session
-    items: list[Annotated[str, Field(pattern=":")]]  # "slot: value"
+    items: list[Annotated[str, Field(pattern=r"^\s*[^\s:].*:")]]  # "slot: value"
 
 
 # --------------------------------------------------------------------------------------------- items compared
@@ -273,8 +280,8 @@ def normal(text):
 
 
 def slot_key(slot):
-    """A slot's name as it is compared: "Code_Type " and "code type" are one."""
-    return normal(str(slot).replace("_", " "))
+    """A slot's name as it is compared: "Code_Type ", "code:type" and "code type" are one."""
+    return normal(re.sub("[_:]", " ", str(slot)))
 
 
 def is_named(slot, names):

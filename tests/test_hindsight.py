@@ -15,7 +15,7 @@ import hindsight
 import lexicon
 from config import HindsightConfig
 from prompts import load_turns, read_turns
-from records import InputError, Session, cli, explain
+from records import InputError, Session, cli, explain, same
 from world import THROAT, read_lines, write_lines
 
 STAR = Path(__file__).parents[2] / "shared" / "logs" / "star.jsonl"
@@ -181,7 +181,7 @@ def test_the_items_of_a_reply_by_utterance():
 
 @pytest.mark.parametrize("item", [
     *[(n, "a", "b") for n in (0, 2, 4, -1, True, "1", 1.0, None)],  # the client's utterances are 1 and 3
-    (1, "", "b"), (1, " ", "b"), (1, None, "b"), (1, "a", " "), (1, "a", 3), (1, "a"), ()])
+    (1, "", "b"), (1, ":", "b"), (1, " ", "b"), (1, None, "b"), (1, "a", " "), (1, "a", 3), (1, "a"), ()])
 def test_an_item_that_cannot_be_used(item):
     with pytest.raises(ValueError, match="items.1"):
         extraction((1, "a", "b"), item)
@@ -242,6 +242,10 @@ GOOD_ROW = '{"session_id": "s", "messages": [{"role": "user", "content": "x"}]'
      "bad annotations: messages.0.asks must be a list"),
     (', "messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": " "}]}',
      "no user utterance: no message of the user"),
+    *((', "messages": [{"role": "user", "content": "x", "learned": {"%s": 1}}]}' % name,
+       f"bad annotations: messages.0.learned.{name}.[key] must name a slot") for name in ("", ":", " _ ")),
+    (', "messages": [{"role": "assistant", "content": "x", "asks": ["a", ": "]}]}',
+     "bad annotations: messages.0.asks.1 must name a slot"),
     (', "goal": 3}', "bad goal: goal must be a text, not 3"),
     (', "success": "false"}', "bad success: success must be true or false"),
     (r', "note": "\ud83d"}', "bad line: a text holds half a surrogate pair"),
@@ -266,6 +270,24 @@ def test_lines_of_an_array_are_checked_alike(tmp_path, capsys):
         assert {"1", "3"} <= ids(run(tmp_path, logs=tmp_path / "log.json")["train"])
         out = capsys.readouterr().out
     assert "3 lines, 3 sessions used" in out  # a text that only looks like a list stays as it is
+
+
+def test_a_colon_in_a_slot_is_a_blank_wherever_it_stands(tmp_path, capsys):
+    said = [message("u Hi"), {"role": "assistant", "content": "City?", "asks": ["home:city"]},
+            {"role": "user", "content": "Rome", "learned": {"home: city": "Rome"}}]
+    (first, _) = run(tmp_path, logs=write_lines(tmp_path / "log.jsonl", [numbered(1, messages=said)]))["train"]
+    out = capsys.readouterr().out
+    assert list(map(same, first.target)) == [("home city", "rome")] and "warning" not in out
+    assert "| home city |        1 |         1 |" in out
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    logs, folder = write_lines(tmp_path / "log.jsonl", [numbered(1)]), tmp_path / "run" / "turns"
+    folder.mkdir(parents=True)
+    (folder / ".building.x7").write_text("half")
+    run(tmp_path, logs=logs)
+    assert sorted(path.name for path in folder.iterdir() if path.name != ".lock") == [
+        "made.json", "train.jsonl", "turns.html"]
 
 
 def test_summary_counts_everything(tmp_path, capsys):

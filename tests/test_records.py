@@ -40,6 +40,7 @@ Pair | {"chosen": 7} | chosen must be a text, not 7
 GraderAnchor | {"score": 2} | score must be 0, 0.5 or 1, not 2.0
 GraderAnchor | {"score": true} | score must be a number, not True
 GraderAnchor | {"turn": {}} | turn.turn_id is missing
+ExtractorAnchor | {"items": [": no"]} | items.0 must be of the form "slot: value", not ': no'
 ExtractorAnchor | {"items": ["fever"]} | items.0 must be of the form "slot: value", not 'fever'
 """
 
