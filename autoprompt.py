@@ -14,7 +14,8 @@ rule. Each candidate is scored on the calibration part of the examples:
 
 Beyond the paper: the examples are split by session, and a candidate becomes the best prompt only if it is
 also better on the held-out half: the 5% quantile of a paired bootstrap is above 0. The three best of a round
-are tried in turn. Two rounds without a better prompt end the search. An unusable reply has the worst score.
+are tried in turn. Two rounds without a better prompt end the search. An unusable reply has the worst score,
+and is asked for again by the next run.
 
 The result goes to prompts/calibrated/TYPE.md, all candidates with scores to run_dir/autoprompt/TYPE.jsonl
 and, as a table, TYPE.md. Scores and replies are kept, so an interrupted search goes on where it was.
@@ -178,12 +179,10 @@ def readings(kind, source, cfg, prompt, anchors, seeds=(0,)):
             return [source.submit(*question, seed) for seed in seeds]
         return hindsight.ask(source, prompt, anchor.session, cfg, seeds)
 
-    def read(reply):
-        return reply.score if kind == "grader" else list(map(str, reply.items))
-
     bar = tqdm(anchors, desc=kind, unit=" anchors", leave=False, disable=None)
     for anchor, replies in llm.in_order(source, bar, ask):
-        yield anchor, [reply and read(reply) for reply in replies]
+        yield anchor, [reply and (reply.score if kind == "grader" else list(map(str, reply.items)))
+                       for reply in replies]
 
 
 def shown(kind, example, said, cfg):
@@ -209,6 +208,7 @@ def scorer(kind, cfg, match="exact"):
 
     def score(prompt, anchors):
         said = [reading for _, (reading,) in readings(kind, source, cfg, prompt, anchors)]
+        print(f"{kind}: {llm.report(source)}")
         if kind == "grader":
             return [-1.0 if s is None else -(s - a.score) ** 2 for s, a in zip(said, anchors)], said
         scores = [0.0 if s is None else f1(s, a.items) for s, a in zip(said, anchors)]
@@ -274,15 +274,20 @@ class Candidate:
 
 
 def kept_scores(score, path, made):
-    """score() that computes nothing twice: what it gives is kept in a file, by all that it depends on."""
+    """score() that computes nothing twice: what it gives is kept in a file, by all that it depends on.
+
+    Scores with an example that had no usable reply are not kept: the fault may be the server's, of one day.
+    """
     cache = llm.Cache(path)
 
     def scores(prompt, examples):
         what = [prompt, [example.dump() for example in examples], made]
         kept = cache.get(what)
         if kept is None:
-            kept = json.dumps(score(prompt, examples))
-            cache.put(what, kept)
+            found = score(prompt, examples)
+            kept = json.dumps(found)
+            if None not in found[1]:
+                cache.put(what, kept)
         return json.loads(kept)
 
     return scores

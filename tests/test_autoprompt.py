@@ -185,6 +185,20 @@ def test_kept_scores_are_those_of_these_settings(desk):
     assert asked == [True, False, True, True, False, True]
 
 
+def test_what_had_no_usable_reply_is_asked_again(desk, capsys):
+    """A server's bad day is no mark of the prompt's: a rerun comes to what a first run would have come to."""
+    args, grader = ("c.yaml", "type=grader", "rounds=2", "candidates=2"), desk.sources["grader"]
+    desk.call(*args)
+    clean = desk.ledger()
+    (desk.out / "scores.sqlite").unlink()
+    grader.reply = lambda messages, seed: grade(messages, seed) if len(grader.asked) % 3 else {}
+    desk.call(*args)
+    assert desk.ledger() != clean
+    grader.reply = grade
+    desk.call(*args)
+    assert grader.asked and desk.ledger() == clean and "grader: 0 asks: 0 answered" in capsys.readouterr().out
+
+
 # -------------------------------------------------------------------------------------------------- the parts
 
 def test_mutations_keep_what_is_no_list_item():
@@ -259,7 +273,7 @@ def test_extractor_scores(desk):
     assert by_model("a", examples)[0] == [pytest.approx(2 * 2 / 3)]  # the matcher says so
     assert by_model("b", examples)[0] == [0.0] and "never" not in str(desk.sources["extractor"].asked)
     told = autoprompt.shown("extractor", examples[0], [], cfg)["conversation"]
-    assert [line["text"] for line in told] == ["cough", "Since when?", "two days"]  # as the extractor reads it
+    assert [line["text"] for line in told] == ["cough", "Since when?", "two days"]  # as it was read
     matched = [1, 3]  # there is no third: exact match decides
     assert by_model("a", examples)[0] == [pytest.approx(2 / 3)]
 
