@@ -392,7 +392,7 @@ class Loader(EachKeyOnce, yaml.SafeLoader):
     def construct_object(self, node, deep=False):
         try:
             return super().construct_object(node, deep)
-        except (ValueError, LookupError, AttributeError) as error:  # "2026-02-30", "0x_", "!!bool x"
+        except Exception as error:  # "2026-02-30", "0x_", "!!bool x"
             raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {shorten(node.value)} ({error})")
 
     def flatten_mapping(self, node):

@@ -37,6 +37,7 @@ import metrics
 import report
 from prompts import chat, dump, fill_goal, read_turns, spoken
 from records import (
+    STOP,
     InputError,
     Message,
     Reply,
@@ -103,8 +104,13 @@ def check_session(row, end_markers=END_MARKERS):
         hint = " (see data.roles)" if "role" in inner else ""
         return None, (f"bad {kind}", explain(error) + hint)
     for i, m in enumerate(session.messages, 1):
-        if m.role == "assistant" and m.content.strip() in end_markers:
-            del session.messages[i:]
+        if m.role == "assistant":
+            if m.content.strip() in end_markers:
+                del session.messages[i:]
+            elif STOP in m.content:
+                return None, ("stop marker", f"messages.{i - 1}.content holds {STOP}, which would be "
+                                             "imitated: make it a message of its own, and one of "
+                                             "hindsight.end_markers")
     return session, unusable(session)
 
 
@@ -357,8 +363,8 @@ class Tally:
         self.notes["blank messages left out"] += sum(is_blank(m.content) for m in session.messages)
         self.notes["sessions without a goal (set data.goal)"] += not session.goal
 
-    def report(self, source):
-        """What is to be said of the logs -> yield lines."""
+    def report(self, source, how):
+        """What is to be said of the logs -> yield lines. how: cfg.hindsight"""
         turns, going_on, items = sum(self.turns.values()), self.wanted.total(), self.slots["in I*"].total()
         stops = turns and 1 - going_on / turns
         yield (f"{self.files}: {self.sessions + self.aside.total()} lines, {self.sessions} sessions used, "
@@ -377,6 +383,10 @@ class Tally:
                             ("asked for and never revealed", asked.keys() - revealed)):
             if asked and revealed and slots:
                 yield f"  warning: {what}: {', '.join(sorted(slots))}"
+        for name in how.generic + how.many_valued:
+            if not any(is_named(slot, [name]) for slot in chain(revealed, asked)):
+                yield (f"  note: no slot here is {name!r}, which hindsight.generic or hindsight.many_valued "
+                       f"names{nearest(slot_key(name), revealed)}")
         if revealed:
             yield metrics.aligned([["slot", *self.slots]] + [
                 [slot, *(str(counts[slot]) for counts in self.slots.values())]
@@ -415,6 +425,8 @@ def usable(cfg, name, tally, goal):
         if why:
             tally.set_aside(place, *why)
         else:
+            cut = len(row["messages"]) - len(session.messages)
+            tally.notes["messages left out after an end marker"] += cut
             session.goal = session.goal or goal
             yield session
 
@@ -453,7 +465,7 @@ def build_file(cfg, name, out, extractor, seen):
             tally.checks += agreement([made for made, *_ in results])
         if source:
             bar.set_postfix({kind: source.tally.n[kind] for kind in BAR}, refresh=False)
-    tally.told = "\n".join(tally.report(source))
+    tally.told = "\n".join(tally.report(source, how))
     print(tally.told)
     tally.check(how)
     return tally

@@ -33,6 +33,7 @@ _URL = re.compile(r"(?:https?://|www\.|(?<![\w.-])[\w-]+(?:\.[\w-]+)+/)[!-~]*[0-
 _END = re.compile(
     rf"([{QUESTION_MARKS}]|(?<=[\u0370-\u03ff\u1f00-\u1fff]);|(?<!\be\.g)(?<!\bi\.e)(?<!\bdr)"
     rf"(?<!\bmr)(?<!\bmrs)[.!…](?=[\s.!…\"”’)]|$)|[。！｡\n])", re.I)
+_GREEK = re.compile(r"[\u0370-\u03ff\u1f00-\u1fff]{3}")  # such a text asks with a semicolon
 _SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _NO_WORD = rf"\s{_SPACELESS}!-&(-/:-@\[-`{{-~。，、！；：…“”‘（）《》—–{QUESTION_MARKS}"
 WORD = re.compile(rf"[{_SPACELESS}]|[^{_NO_WORD}]+")
@@ -55,7 +56,7 @@ def _compiled(text):
     try:
         re.compile(text)  # alone first: an unbalanced ")" must not close the group below
         return re.compile(f"{before}(?:{text}){after}", re.I)
-    except (re.error, OverflowError, RecursionError) as error:
+    except Exception as error:  # re raises several kinds
         raise ValueError(f"bad regex {shorten(text)} ({error})")
 
 
@@ -142,13 +143,12 @@ class TextLoader(EachKeyOnce, yaml.BaseLoader):
 def load(path):
     """Read a lexicon YAML -> Lexicon. InputError names the file and the key."""
     try:
-        text = Path(path).read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise InputError(f"lexicon {path} cannot be read ({error})")
-    try:
-        return Lexicon.model_validate(parse_yaml(text, TextLoader, f"lexicon {path}"))
+        tree = parse_yaml(Path(path).read_text("utf-8"), TextLoader, f"lexicon {path}")
+        return Lexicon.model_validate(tree)
     except ValidationError as error:
         raise InputError(f"lexicon {path}: {explain(error).strip()}")
+    except (OSError, ValueError) as error:
+        raise InputError(f"lexicon {path} cannot be read ({error})")
 
 
 # ----------------------------------------------------------------------------------------------- text helpers
@@ -197,7 +197,10 @@ def sentences(text, lex=None):
     >>> sentences("Πόσο καιρό; Look: https://a.org/?q=1.")  # Greek asks with a semicolon, a link asks nothing
     [('Πόσο καιρό', True), ('Look:', False)]
     """
-    pieces = [*_END.split(_URL.sub("", text)), "."]
+    text = _URL.sub("", text)
+    if _GREEK.search(text):
+        text = text.replace(";", "\u037e")
+    pieces = [*_END.split(text), "."]
     requests = lex and lex.requests
     return [(piece.strip(), end in QUESTION_MARKS + ";" or bool(requests) and _opens(piece, requests, lex))
             for piece, end in zip(pieces[::2], pieces[1::2]) if any(map(str.isalnum, piece))]

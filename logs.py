@@ -55,7 +55,8 @@ def value_at(row, path):
 
 def renamed(row, fields):
     """A row, or a message, with our names for its fields. fields: {our name: its path}"""
-    rest = {name: value for name, value in row.items() if name not in (*fields, *fields.values())}
+    read = {*fields, *(path.split(".")[0] for path in fields.values())}
+    rest = {name: value for name, value in row.items() if name not in read}
     return rest | {ours: value for ours, path in fields.items() if (value := value_at(row, path)) is not None}
 
 

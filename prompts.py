@@ -194,9 +194,9 @@ def expert_response(turn):
     """What the expert did at a turn, in the policy's words: the next utterance, or <stop />."""
     if turn.decision == "stop":
         return STOP
-    if not (turn.expert or "").strip():
-        raise InputError(f"turn {turn.turn_id}: a continue turn whose 'expert' is missing or empty cannot be "
-                         "imitated")
+    if not (turn.expert or "").strip() or STOP in turn.expert:
+        raise InputError(f"turn {turn.turn_id}: a continue turn whose 'expert' is missing or empty, or holds "
+                         f"{STOP}, cannot be imitated")
     return turn.expert.strip()
 
 

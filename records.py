@@ -35,7 +35,6 @@ from tqdm import tqdm
 
 STOP = "<stop />"  # what the policy writes to end the conversation; also its target at a stop turn
 SCORES = (0, 0.5, 1)  # what R_a may be
-DEEPEST = 100  # opening brackets of an annotated value, which may be a list in a text
 
 
 class InputError(Exception):
@@ -157,12 +156,6 @@ def not_blank(text):
     return text
 
 
-def named(slot):
-    if not slot_key(slot):
-        raise ValueError("must name a slot")
-    return slot
-
-
 def check_score(score):
     if score not in SCORES:
         raise ValueError(f"must be 0, 0.5 or 1, not {shorten(score)}")
@@ -171,7 +164,7 @@ def check_score(score):
 
 Decision = Literal["continue", "stop"]
 Text = Annotated[str, AfterValidator(not_blank)]
-Slot = Annotated[str, AfterValidator(named)]
+Slot = Annotated[str, AfterValidator(lambda slot: not_blank(slot_key(slot)) and slot)]
 Score = Annotated[float, AfterValidator(check_score), Field(json_schema_extra={"enum": list(SCORES)})]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -192,8 +185,8 @@ class LogMessage(Message):
     @classmethod
     def flat(cls, learned):
         for value in (learned or {}).values():
-            if isinstance(value, dict) or str(value).count("[") > DEEPEST:
-                raise ValueError(f"must hold texts, numbers or lists, no objects and no {DEEPEST} brackets")
+            if isinstance(value, dict) or str(value).count("[") > 100:  # a text may hold a list
+                raise ValueError("must hold texts, numbers or lists, no objects and no 100 brackets")
         return learned
 
 
@@ -327,13 +320,15 @@ def read_jsonl(path, on_bad=None):
         raise InputError(f"no such file: {path}")
     with open(path, "rb") as f:
         for n, raw in enumerate(f, 1):
+            if n == 1 and b"\0" in raw[:4]:
+                raise InputError(f"{path} is not UTF-8 but, it seems, UTF-16: convert it, say by "
+                                 "iconv -f UTF-16 -t UTF-8")
             if not raw.strip():
                 continue
             try:
                 obj = json.loads(raw.decode("utf-8-sig" if n == 1 else "utf-8"))
-                reason = rb"\u" in raw and flaw(obj)
-                if type(obj) is not dict:
-                    reason = f"expected a JSON object, got {type(obj).__name__}"
+                kind = type(obj)
+                reason = flaw(obj) if kind is dict else f"expected a JSON object, got {kind.__name__}"
             except (ValueError, RecursionError) as error:
                 reason = f"not valid UTF-8 JSON ({error})"
             if not reason:

@@ -243,9 +243,11 @@ GOOD_ROW = '{"session_id": "s", "messages": [{"role": "user", "content": "x"}]'
     (', "messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": " "}]}',
      "no user utterance: no message of the user"),
     *((', "messages": [{"role": "user", "content": "x", "learned": {"%s": 1}}]}' % name,
-       f"bad annotations: messages.0.learned.{name}.[key] must name a slot") for name in ("", ":", " _ ")),
+       f"bad annotations: messages.0.learned.{name}.[key] must not be blank") for name in ("", ":", " _ ")),
     (', "messages": [{"role": "assistant", "content": "x", "asks": ["a", ": "]}]}',
-     "bad annotations: messages.0.asks.1 must name a slot"),
+     "bad annotations: messages.0.asks.1 must not be blank"),
+    (', "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Bye. <stop />"}]}',
+     "stop marker: messages.1.content holds <stop />, which would be imitated: make it a message of its own"),
     (', "goal": 3}', "bad goal: goal must be a text, not 3"),
     (', "success": "false"}', "bad success: success must be true or false"),
     (r', "note": "\ud83d"}', "bad line: a text holds half a surrogate pair"),
@@ -275,10 +277,26 @@ def test_lines_of_an_array_are_checked_alike(tmp_path, capsys):
 def test_a_colon_in_a_slot_is_a_blank_wherever_it_stands(tmp_path, capsys):
     said = [message("u Hi"), {"role": "assistant", "content": "City?", "asks": ["home:city"]},
             {"role": "user", "content": "Rome", "learned": {"home: city": "Rome"}}]
-    (first, _) = run(tmp_path, logs=write_lines(tmp_path / "log.jsonl", [numbered(1, messages=said)]))["train"]
+    logs = write_lines(tmp_path / "log.jsonl", [numbered(1, messages=said)])
+    first, _ = run(tmp_path, logs=logs)["train"]
     out = capsys.readouterr().out
     assert list(map(same, first.target)) == [("home city", "rome")] and "warning" not in out
     assert "| home city |        1 |         1 |" in out
+
+
+def test_names_that_are_no_slots_are_told(tmp_path, capsys):
+    logs = write_lines(tmp_path / "log.jsonl", [numbered(1)])
+    run(tmp_path, "hindsight.generic=[other, smell]", "hindsight.many_valued=[symptm, Symptom]", logs=logs)
+    notes = [line for line in capsys.readouterr().out.splitlines() if "no slot here" in line]
+    told = "which hindsight.generic or hindsight.many_valued names"
+    assert notes == [f"  note: no slot here is 'smell', {told}",
+                     f"  note: no slot here is 'symptm', {told}; did you mean 'symptom'?"]
+
+
+def test_messages_after_an_end_marker_are_counted(tmp_path, capsys):
+    cut = numbered(1, messages=[*LONG["messages"], message("a <stop />"), *LONG["messages"][:3]])
+    turns = run(tmp_path, logs=write_lines(tmp_path / "log.jsonl", [cut, numbered(2)]))["train"]
+    assert len(turns) == 8 and "note: 3 messages left out after an end marker\n" in capsys.readouterr().out
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path):

@@ -153,7 +153,7 @@ def test_yaml_words_that_yaml_reads_as_booleans_stay_words(lex):
     ("    values: {two days: [\"two days\", \"2 days\", 两天], a week: [\"a week\"]}\n", "",
      "attributes.duration: values is missing"),
     ("  fever:", "  fe:ver:", "attributes.fe:ver: an attribute's name cannot hold a colon"),
-    ("  fever:", "  '_ ':", "attributes._ .[key] must name a slot"),
+    ("  fever:", "  '_ ':", "attributes._ .[key] must not be blank"),
     ("yes_no: true", "yes_no: maybe", "attributes.fever.yes_no must be 'true' or 'false', not 'maybe'"),
     ("\"how long\"", "\"how (long\"", "attributes.duration.asks.0: bad regex 'how (long'"),
     ("\"a week\"", "\"a week)\"", "attributes.duration.values.a week.0: bad regex 'a week)'"),

@@ -47,7 +47,7 @@ def without(row, *names):
 def test_fields_and_roles_of_other_names(tmp_path):
     path = write_lines(tmp_path / "log.jsonl", [FOREIGN])
     (place, row), = logs.rows(load(tmp_path, f"data.logs={path}", *TERMS))
-    assert place == f"{path}:1" and without(row, "meta") == OURS
+    assert place == f"{path}:1" and row == OURS  # what is read from it is no unknown key
     sessions, held_out = hindsight.sessions(load(tmp_path, f"data.logs={path}", *TERMS))
     assert [s.session_id for s in sessions] == ["7"] and not held_out
     assert sessions[0].messages[1].asks == ["place"]
@@ -130,6 +130,15 @@ def test_a_role_of_another_name_is_told_with_its_key(tmp_path, capsys, refused):
         hindsight.main([str(tmp_path / "c.yaml"), f"data.logs={path}"])
     out = capsys.readouterr().out
     assert "messages.0.role must be 'user' or 'assistant', not 'expert' (see data.roles)" in out
+
+
+@pytest.mark.parametrize("coding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_file_of_another_coding_is_told_so(tmp_path, refused, coding):
+    load(tmp_path)
+    path = write_lines(tmp_path / "log.jsonl", [OURS])
+    path.write_bytes(path.read_text().encode(coding))
+    line = refused(hindsight, tmp_path / "c.yaml", f"data.logs={path}", "data.fields={session_id: id}")
+    assert line.startswith(f"error: data.logs: {path} is not UTF-8 but, it seems, UTF-16: convert it")
 
 
 def test_what_needs_datasets_says_so(tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def test_what_an_expert_did():
     for expert in (None, " \n", "x"):
         stop = turn.model_copy(update={"decision": "stop", "expert": expert})
         assert prompts.expert_response(stop) == "<stop />"
-    for expert in (None, " \n"):
+    for expert in (None, " \n", "Bye. <stop />"):
         with pytest.raises(InputError, match="turn 1_0: .*'expert' is missing or empty"):
             prompts.expert_response(turn.model_copy(update={"expert": expert}))
 

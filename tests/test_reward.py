@@ -138,7 +138,8 @@ def test_omega_on_a_wrong_decision_where_it_is_scored(lex):
 @pytest.mark.parametrize("response, n", [
     ("Tell me.", 0), ("How?", 1), ("How??", 1), ("How?!", 1), ("How? ?", 1), ("How!? Why؟", 0.5),
     ("多久？发烧？", 0.5), ("A⁇ B‽ C❓", 0.0), ("How is it (really?)", 1),
-    ("Πόσο καιρό; Πόσο;", 0.5), ("Rest; wait.", 0), ("See https://a.org/?id=1&b?c, or www.a.org/?d", 0),
+    ("Πόσο καιρό; Πόσο;", 0.5), ("Πάνω από 38;", 1), ("Πάνω από 38\u037e Πόσα; 2;", 0), ("Over 38; no?", 1),
+    ("Rest; wait.", 0), ("See https://a.org/?id=1&b?c, or www.a.org/?d", 0),
     ("Is it as on www.a.org/b?c=1?", 1)])
 def test_omega_counts_questions_of_any_script(response, n):
     assert reward.omega_rule(response, "continue") == n
