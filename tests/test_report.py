@@ -18,7 +18,7 @@ from world import make_config
 EVAL = dict(zip("wa wa_gh wc ws aa fc tr wa_all n failed".split(),
                 (0.5, 0.25, 0.9, 0.125, 0.75, 0.625, 2.0, 0.4, 8, 1)))
 HOSTILE = ('</script><script>alert(1)</script>', '"><img src=x onerror=alert(2)>', "</details></summary><!--",
-           "a\x00\x1b[31m\x85b", "\ufffd lone", "\u202eevil \u0645\u0631\u062d\u0628\u0627",
+           "a\x00\x1b[31m\x85b", "\u202eevil \u0645\u0631\u062d\u0628\u0627",
            "$title ${plotly} %{y} &lt;i&gt;", "\u54b3\U0001f912" * 3000)
 
 
@@ -322,8 +322,9 @@ def test_texts_stay_texts(tmp_path, monkeypatch):
         grpo(run, steps=2)
         t = turn(first, context=[{"role": "user", "content": x} for x in texts], expert=first, target=texts)
         graded = {"turn": t, "graded": [response(first, i, x) for i, x in enumerate(texts)]}
-        (run / "groups_before.jsonl").write_text(json.dumps(graded))
-        (run / "eval.json").write_text(json.dumps({**EVAL, "decoding": first, "model": texts[1]}))
+        write_jsonl(run / "groups_before.jsonl", [graded])
+        lone = "\ud800 lone"  # ASCII can hold it, our own JSONL cannot
+        (run / "eval.json").write_text(json.dumps({**EVAL, "decoding": first + lone, "model": texts[1]}))
         return page(run)
 
     name = "<b onclick=x>&amp; <"
@@ -331,7 +332,8 @@ def test_texts_stay_texts(tmp_path, monkeypatch):
     assert [e.tag for e in hostile.iter()] == [e.tag for e in plain.iter()]
     assert set().union(*(e.keys() for e in hostile.iter())) <= ATTRIBUTES
     said = [row[0] for row in table(hostile.find(".//section"))[1:]]
-    assert said == [*HOSTILE[:3], "a\u2400\u241b[31m\ufffdb", "\ufffd lone", *HOSTILE[5:]]
+    assert said == [*HOSTILE[:3], "a\u2400\u241b[31m\ufffdb", *HOSTILE[4:]]
+    assert f"{HOSTILE[0]}\ufffd lone" in [text(part) for part in hostile.iter("small")]
     assert texts(hostile, "dd")[:len(said)] == said
     assert texts(hostile, "h1") == texts(hostile, "title") == [name]
     shown, = figures(hostile)["Reward R"].data  # plotly would read tags in its name
