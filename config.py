@@ -382,7 +382,7 @@ class EachKeyOnce(yaml.constructor.BaseConstructor):
         names = [name.value for name, _ in node.value]
         for name in names:
             if names.count(name) > 1:
-                raise yaml.YAMLError(f"'{name}' stands twice below line {node.start_mark.line + 1}")
+                raise yaml.YAMLError(f"{name!r} stands twice below line {node.start_mark.line + 1}")
         return super().construct_mapping(node, deep)
 
 
@@ -463,11 +463,11 @@ def flat_tree(tree, where, prefix=""):
 
 def unknown(name, where):
     if name in SECTIONS:
-        return InputError(f"{where}: '{name}' is a section; set one of its keys, as in {name}.KEY=value")
+        return InputError(f"{where}: {name!r} is a section; set one of its keys, as in {name}.KEY=value")
     by_leaf = {n.split(".")[-1]: n for n in FIELDS}  # perhaps the right key in the wrong section
     hint = (nearest(name, [*FIELDS, *SECTIONS]) or nearest(name.split(".")[-1], by_leaf, by_leaf.get)
             or "; --help lists every key")
-    return InputError(f"{where}: unknown key '{name}'{hint}")
+    return InputError(f"{where}: unknown key {name!r}{hint}")
 
 
 def is_text(name):

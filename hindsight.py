@@ -109,8 +109,7 @@ def check_session(row, end_markers=END_MARKERS):
                 del session.messages[i:]
             elif STOP in m.content:
                 return None, ("stop marker", f"messages.{i - 1}.content holds {STOP}, which would be "
-                                             "imitated: make it a message of its own, and one of "
-                                             "hindsight.end_markers")
+                                             "imitated: make it a message of its own (hindsight.end_markers)")
     return session, unusable(session)
 
 
@@ -425,8 +424,7 @@ def usable(cfg, name, tally, goal):
         if why:
             tally.set_aside(place, *why)
         else:
-            cut = len(row["messages"]) - len(session.messages)
-            tally.notes["messages left out after an end marker"] += cut
+            tally.notes["messages cut after an end marker"] += len(row["messages"]) - len(session.messages)
             session.goal = session.goal or goal
             yield session
 

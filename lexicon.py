@@ -143,8 +143,8 @@ class TextLoader(EachKeyOnce, yaml.BaseLoader):
 def load(path):
     """Read a lexicon YAML -> Lexicon. InputError names the file and the key."""
     try:
-        tree = parse_yaml(Path(path).read_text("utf-8"), TextLoader, f"lexicon {path}")
-        return Lexicon.model_validate(tree)
+        return Lexicon.model_validate(
+            parse_yaml(Path(path).read_text("utf-8"), TextLoader, f"lexicon {path}"))
     except ValidationError as error:
         raise InputError(f"lexicon {path}: {explain(error).strip()}")
     except (OSError, ValueError) as error:

@@ -36,7 +36,7 @@ from pydantic import ValidationError
 
 from config import Stream, need
 from prompts import PROMPTS, apply_template, escape, load_prompt
-from records import InputError, explain, hash_of, identity, shorten
+from records import InputError, explain, flaw, hash_of, identity, shorten
 
 LONGEST, BRACES = 500_000, 2000  # a longer reply, or one with more braces, is not read
 GIVE_UP = 40  # asks in a row that the server left unanswered, retries included: it is down
@@ -126,7 +126,8 @@ def parse_object(text):
             found.append(value)
         except (ValueError, RecursionError):
             at += 1
-    json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair (a cut emoji) is a ValueError too
+    if fault := flaw(found):
+        raise ValueError(fault)
     if len(found) != 1:
         raise ValueError(f"{len(found)} JSON objects instead of one" if found else "no JSON object")
     return found[0]

@@ -18,9 +18,8 @@ PROMPTS = {"extractor": "prompts/extractor.md", "grader": "prompts/grader.md",
 
 
 # <|im_end|>, </s>, <start_of_turn>, <0x0A>, [INST] and its like, and line ends that JSON does not escape.
-MARKUP = re.compile(r"<(?=[^\W\d]|[/|!?｜]|\d\w*>)"
-                    r"|\[(?=/?(?:INST|SYS|AVAILABLE_|TOOL_|MODEL_|THINK|ARGS|CALL_ID|IMG|g?MASK))"
-                    r"|[\x85\u2028\u2029]")
+MARKUP = re.compile(r"<(?=[^\W\d]|[/|!?｜]|\d\w*>)|[\x85\u2028\u2029]"
+                    r"|\[(?=/?(?:INST|SYS|AVAILABLE_|TOOL_|MODEL_|THINK|ARGS|CALL_ID|IMG|g?MASK))")
 
 
 # --------------------------------------------------------------------------------------------- turns of a run

@@ -96,7 +96,7 @@ def explain(error):
     """
     fault = error.errors(include_url=False)[0]
     kind, given, context = fault["type"], fault["input"], fault.get("ctx", {})
-    where = ".".join(map(str, fault["loc"]))
+    where = " ".join(".".join(map(str, fault["loc"])).split())  # a slot's name may hold line ends
     if kind == "missing":
         return f"{where} is missing"
     if kind == "extra_forbidden":
@@ -321,14 +321,13 @@ def read_jsonl(path, on_bad=None):
     with open(path, "rb") as f:
         for n, raw in enumerate(f, 1):
             if n == 1 and b"\0" in raw[:4]:
-                raise InputError(f"{path} is not UTF-8 but, it seems, UTF-16: convert it, say by "
-                                 "iconv -f UTF-16 -t UTF-8")
+                raise InputError(f"{path} is UTF-16, not UTF-8: convert it (iconv -f UTF-16 -t UTF-8)")
             if not raw.strip():
                 continue
             try:
                 obj = json.loads(raw.decode("utf-8-sig" if n == 1 else "utf-8"))
-                kind = type(obj)
-                reason = flaw(obj) if kind is dict else f"expected a JSON object, got {kind.__name__}"
+                reason = (flaw(obj) if type(obj) is dict
+                          else f"expected a JSON object, got {type(obj).__name__}")
             except (ValueError, RecursionError) as error:
                 reason = f"not valid UTF-8 JSON ({error})"
             if not reason:

@@ -243,7 +243,7 @@ GOOD_ROW = '{"session_id": "s", "messages": [{"role": "user", "content": "x"}]'
     (', "messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": " "}]}',
      "no user utterance: no message of the user"),
     *((', "messages": [{"role": "user", "content": "x", "learned": {"%s": 1}}]}' % name,
-       f"bad annotations: messages.0.learned.{name}.[key] must not be blank") for name in ("", ":", " _ ")),
+       f"bad annotations: messages.0.learned.{name}.[key] must not be blank") for name in ("", ":", "_")),
     (', "messages": [{"role": "assistant", "content": "x", "asks": ["a", ": "]}]}',
      "bad annotations: messages.0.asks.1 must not be blank"),
     (', "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Bye. <stop />"}]}',
@@ -296,7 +296,7 @@ def test_names_that_are_no_slots_are_told(tmp_path, capsys):
 def test_messages_after_an_end_marker_are_counted(tmp_path, capsys):
     cut = numbered(1, messages=[*LONG["messages"], message("a <stop />"), *LONG["messages"][:3]])
     turns = run(tmp_path, logs=write_lines(tmp_path / "log.jsonl", [cut, numbered(2)]))["train"]
-    assert len(turns) == 8 and "note: 3 messages left out after an end marker\n" in capsys.readouterr().out
+    assert len(turns) == 8 and "note: 3 messages cut after an end marker\n" in capsys.readouterr().out
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path):

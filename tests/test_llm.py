@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
 
@@ -418,6 +419,12 @@ def test_an_object_of_any_depth():
     for n in range(700, 1000):
         llm.Ask(source, [], Number).take(f'{{"a": {"[" * n + "]" * n}}}')
     assert source.tally.n["repairs"] == 300
+
+
+def test_an_object_as_deep_as_python_can_read():
+    for n in range(900, 1000):
+        with suppress(ValueError):
+            llm.parse_object('{"a":' * n + "1" + "}" * n)
 
 
 # ------------------------------------------------------------------------------------ every key of every role

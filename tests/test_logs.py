@@ -138,7 +138,7 @@ def test_a_file_of_another_coding_is_told_so(tmp_path, refused, coding):
     path = write_lines(tmp_path / "log.jsonl", [OURS])
     path.write_bytes(path.read_text().encode(coding))
     line = refused(hindsight, tmp_path / "c.yaml", f"data.logs={path}", "data.fields={session_id: id}")
-    assert line.startswith(f"error: data.logs: {path} is not UTF-8 but, it seems, UTF-16: convert it")
+    assert line.startswith(f"error: data.logs: {path} is UTF-16, not UTF-8: convert it (")
 
 
 def test_what_needs_datasets_says_so(tmp_path, monkeypatch):
