@@ -13,23 +13,20 @@ from records import cli
 
 
 def read(path, dialogues):
-    """Yield the sessions of a file of dialogues."""
+    """Yield the sessions of a file of dialogues. The acts are put where those of sgd.py stand."""
     told = load(path.parent.with_name("dialog_acts.json"))
-
-    def acts(dialogue):
-        """Yield each turn with its acts, as sgd.acts does."""
+    for dialogue in dialogues:
         service = ""
         for turn in dialogue["turns"]:
-            found = []
+            turn["frames"] = []
             for name, pairs in told[dialogue["dialogue_id"]][turn["turn_id"]]["dialog_act"].items():
                 domain, act = name.split("-")
                 if domain not in ("Booking", "general"):
                     service = domain
-                found += [(act.upper(), f"{service} {slot}", value)
-                          for slot, value in pairs if slot != "none"]
-            yield turn, found
-
-    return sgd.read(path, dialogues, acts)
+                actions = [{"act": act.upper(), "slot": slot, "values": value}
+                           for slot, value in pairs if slot != "none"]
+                turn["frames"].append({"service": service, "actions": actions})
+    return sgd.read(path, dialogues)
 
 
 def main():

@@ -11,20 +11,15 @@ from corpora.common import convert
 from records import cli
 
 
-def acts(dialogue):
-    """Yield each turn with its acts, a list of (act, slot, value)."""
-    for turn in dialogue["turns"]:
-        yield turn, [(action["act"], f"{frame['service'].split('_')[0]} {action['slot']}", action["values"])
-                     for frame in turn["frames"] for action in frame["actions"]]
-
-
-def read(path, dialogues, acts=acts):
+def read(path, dialogues):
     """Yield the sessions of a file of dialogues."""
     for dialogue in dialogues:
         messages = []
-        for turn, told in acts(dialogue):
+        for turn in dialogue["turns"]:
             user = turn["speaker"] == "USER"
-            slots = {slot: value for act, slot, value in told if act == ("INFORM" if user else "REQUEST")}
+            slots = {f"{frame['service'].split('_')[0]} {action['slot']}": action["values"]
+                     for frame in turn["frames"] for action in frame["actions"]
+                     if action["act"] == ("INFORM" if user else "REQUEST")}
             notes = {"role": "user", "learned": slots} if user else {"role": "assistant", "asks": [*slots]}
             messages.append(notes | {"content": turn["utterance"]})
         yield {"session_id": f"{path.parent.name}-{dialogue['dialogue_id']}", "messages": messages,
