@@ -17,21 +17,18 @@ overwritten.
 """
 import random
 import sys
-import tempfile
 from pathlib import Path
-
-import torch
 
 import config
 import hindsight
-import model as decoder
 from prompts import load_prompt
-from records import STOP, InputError, cli, hash_of, read_json, write_json
+from records import STOP, InputError, cli, hash_of, put_in_place, read_json, write_json
 from toy import world
 
 NEUTRAL = "A conversation."  # its system prompt
 STEPS = 1000  # of 800 tokens; fewer where so many documents do not fill them:
 COPIES, DOCUMENTS = 12, 20_000  # for each session; in all
+MADE = ".made.json"  # a hidden file: an export does not carry it along
 SHAPE = {**world.SHAPE, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
          "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 8192}
 
@@ -58,24 +55,21 @@ def make(cfg, steps=STEPS):
     sessions, _ = hindsight.sessions(cfg)
     docs = documents(sessions, min(COPIES * len(sessions), DOCUMENTS), cfg.seed)
     prompt, out = load_prompt(cfg.data.prompt), Path(cfg.model.path)
-    made = out / ".made.json"  # a hidden file: an export does not carry it along
     stamp = {"made from": hash_of([docs, prompt, cfg.seed, steps, SHAPE])}
     if out.exists():
-        if not made.is_file() or read_json(made) != stamp:
+        if read_json(out / MADE, {}) != stamp:
             raise InputError(f"model.path={out} is another model than these logs and this seed make here: "
                              "remove it, or name another folder")
         return print(f"{out}: already made")
     tokenizer = world.make_tokenizer(docs[:5000] + [[("system", prompt + STOP, 0)]] * 500, 4096)
-    with tempfile.TemporaryDirectory() as aside:
-        tokenizer.save_pretrained(aside)
-        model = world.train_base(docs, tokenizer, Path(aside), cfg.seed, steps, SHAPE)
-        decoder.export(model, aside, out)
-    write_json(made, stamp)
+    aside = out.with_name(f".{out.name}.tmp")  # as it trains; a rerun writes over what a kill left there
+    world.train_base(docs, tokenizer, aside, cfg.seed, steps, SHAPE)
+    write_json(aside / MADE, stamp)
+    put_in_place(aside, out)
     print(f"{out}: it shows whether the way from these logs to a policy works, nothing about large models")
 
 
 def main():
-    torch.set_num_threads(1)  # matrices this small lose more to a second thread than they gain
     make(config.load(sys.argv[1:], __doc__))
 
 

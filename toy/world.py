@@ -746,7 +746,9 @@ def next_token_loss(model, documents):
 
 
 def train_base(docs, tokenizer, folder, seed, steps=None, shape=SHAPE):
-    """One pass of next-token loss on the assistant's words and, lightly, the user's. Writes the model."""
+    """One pass of next-token loss on the assistant's words and, lightly, the user's. Writes both to folder."""
+    torch.set_num_threads(1)  # matrices this small lose more to a second thread than they gain (NOTES.md)
+    tokenizer.save_pretrained(folder)
     write_json(folder / "config.json", {**shape, "vocab_size": len(tokenizer),
                                         "eos_token_id": tokenizer.eos_token_id,
                                         "pad_token_id": tokenizer.pad_token_id})
@@ -802,7 +804,6 @@ def make(out, seed=0, sessions=(1600, 400), base_steps=None):
     write_text(out / "lexicon.yaml", yaml.safe_dump(lexicon(), sort_keys=False, width=120))
     docs = corpus(seed, DOCUMENTS if base_steps is None else min(DOCUMENTS, 20 * base_steps + 400))
     tokenizer = make_tokenizer(docs[-4000:])
-    tokenizer.save_pretrained(out / "base")
     model = train_base(docs, tokenizer, out / "base", seed, base_steps)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     write_json(made, stamp)
@@ -815,7 +816,6 @@ def main():
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    torch.set_num_threads(1)  # matrices this small lose more to a second thread than they gain (NOTES.md)
     make(args.out, args.seed)
 
 
