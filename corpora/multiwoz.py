@@ -8,13 +8,13 @@ was spoken of last. The goal names the services. The corpus does not say which s
 data.json of MultiWOZ 2.1 are the user's and hold all values, so they are not for the expert.
 """
 from corpora import sgd
-from corpora.common import convert, load
-from records import cli
+from corpora.common import convert
+from records import cli, read_json
 
 
 def read(path, dialogues):
     """Yield the sessions of a file of dialogues. The acts are put where those of sgd.py stand."""
-    told = load(path.parent.with_name("dialog_acts.json"))
+    told = read_json(path.parent.with_name("dialog_acts.json"))
     for dialogue in dialogues:
         service = ""
         for turn in dialogue["turns"]:
