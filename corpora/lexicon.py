@@ -61,8 +61,8 @@ def runs(text, first=None):
     """Runs of up to three words without marks between them, as they stand there; first=1: at the start."""
     text = text.lower().replace("’", "'")
     words = [match.span() for match in lexicon.WORD.finditer(text)]
-    found = {text[start:end] for i, (start, _) in enumerate(words[:first]) for _, end in words[i:i + 3]}
-    return {run for run in found if not re.search(r"[^\w\s'-]", run)}
+    return {run for i, (start, _) in enumerate(words[:first]) for _, end in words[i:i + 3]
+            if re.fullmatch(r"[\w\s'-]+", run := text[start:end])}
 
 
 def regex(text):
@@ -95,9 +95,10 @@ def mine(sessions):
     for goal, text, slots in said:
         requested = any(slots) and not lexicon.questions(text)
         for sentence, has_mark in lexicon.sentences(text):
-            openers.append((runs(sentence, 1), has_mark))
+            first = runs(sentence, 1)
+            openers.append((first, has_mark))
             if not has_mark:
-                requests.append((runs(sentence, 1), requested))
+                requests.append((first, requested))
             if has_mark or requested:
                 units.append((goal, slots, runs(sentence)))
     goals, values = defaultdict(set), defaultdict(Counter)
@@ -113,15 +114,15 @@ def mine(sessions):
         there = [(found, slot in slots) for goal, slots, found in units if goal in here]
         attributes[slot] = {
             "asks": cues(there, slot),
-            "goals": [*map(regex, sorted(here))] if here < everywhere else [],
-            "yes_no": not often.isdisjoint(YES_NO),
+            "goals": [regex(goal) for goal in sorted(here) if here < everywhere],
+            "yes_no": bool(often & YES_NO),
             "values": {value: [regex(value)] for value in often - YES_NO}}
     generic = attributes.pop("", {"asks": []})
-    tree = {"requests": cues(requests),
-            "openers": cues(openers),
-            "generic_questions": generic["asks"],
-            "attributes": attributes}
-    return HEAD + yaml.safe_dump(tree, allow_unicode=True, width=108, default_flow_style=None)
+    return HEAD + yaml.safe_dump({
+        "requests": cues(requests),
+        "openers": cues(openers),
+        "generic_questions": generic["asks"],
+        "attributes": attributes}, allow_unicode=True, width=108, default_flow_style=None)
 
 
 def check(lex, said, seen):
