@@ -84,7 +84,7 @@ def cues(units, slot=""):
     def rank(run):
         return score[run], run in slot, -run.count(" "), len(run), run
 
-    best = {max(found, key=rank) for found, wanted in units if wanted}
+    best = {max(found, key=rank) for found, wanted in units if wanted and found}
     return [run for run in sorted(best) if score[run] > 1]
 
 

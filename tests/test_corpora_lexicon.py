@@ -237,6 +237,16 @@ def test_cues_by_hand():
     assert miner.cues([({"pin", "please"}, True)] * 2, "pin") == ["pin"]
 
 
+def test_a_question_that_begins_with_an_emoji_or_holds_no_plain_word(tmp_path, config_file, call):
+    rows = read_lines(tmp_path / "train.jsonl")
+    for row in rows:
+        row["messages"] += [asks("🙂 Which seat?", "seat"), says("Aisle", seat="aisle"), asks("5€?", "price")]
+    write_lines(tmp_path / "train.jsonl", rows)
+    call(miner, "mine", config_file)
+    found = yaml.safe_load((tmp_path / "lexicon.yaml").read_text())["attributes"]
+    assert found["seat"]["asks"] == ["seat"] and found["price"]["asks"] == []
+
+
 def test_the_example_of_the_page(tmp_path):
     page = (REPO / "docs" / "lexicon.md").read_text(encoding="utf-8")
     (tmp_path / "lexicon.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
