@@ -14,7 +14,9 @@ are fixed: nothing is tuned on the logs.
 """
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,7 @@ complaints: {}
 
 
 def read(sessions):
-    """-> ([(goal, text, slots)] of the experts' messages with `asks`, [(goal, slot, value)]: what users
+    """-> ([(goal, text, slots)] of the experts' messages with `asks`, [(slot, value, goal)]: what users
     reveal, and slots that are asked for, with no value).
 
     A message that asks for no slot, but whose answer reveals something, asks a generic question: the slot "".
@@ -48,8 +50,8 @@ def read(sessions):
                 names = m.asks or [""] * bool(answer)
                 slots = {slot_key(name.replace(":", " ")) for name in names}
                 said.append((s.goal, m.content, slots))
-                told += [(s.goal, slot, "") for slot in slots]
-            answer = [(s.goal, *same(item)) for item in hindsight.annotated(m)]
+                told += [(slot, "", s.goal) for slot in slots]
+            answer = [(*same(item), s.goal) for item in hindsight.annotated(m)]
             told += answer
     if not said:
         raise InputError("no training session, or no held-out one, has `asks`: label the logs, and hold some "
@@ -101,19 +103,14 @@ def mine(sessions):
                 requests.append((first, requested))
             if has_mark or requested:
                 units.append((goal, slots, runs(sentence)))
-    goals, values = defaultdict(set), defaultdict(Counter)
-    for goal, slot, value in told:
-        goals[slot].add(goal)
-        values[slot][value] += 1
-    everywhere = {s.goal for s in sessions}
-    if 5 * len(everywhere) > len(sessions) or not all(everywhere):  # goals that hardly come back tell nothing
-        goals = dict.fromkeys(goals, everywhere)
-    attributes = {}
-    for slot, here in sorted(goals.items()):
-        often = {value for value, n in values[slot].items() if value and n > 1}
-        there = [(found, slot in slots) for goal, slots, found in units if goal in here]
+    attributes, everywhere = {}, {s.goal for s in sessions}
+    rare = 5 * len(everywhere) > len(sessions) or not all(everywhere)  # such goals tell nothing
+    for slot, rows in groupby(sorted(told), itemgetter(0)):
+        _, values, goals = zip(*rows)
+        here = everywhere if rare else {*goals}
+        often = {value for value, n in Counter(values).items() if value and n > 1}
         attributes[slot] = {
-            "asks": cues(there, slot),
+            "asks": cues([(found, slot in slots) for goal, slots, found in units if goal in here], slot),
             "goals": [regex(goal) for goal in sorted(here) if here < everywhere],
             "yes_no": bool(often & YES_NO),
             "values": {value: [regex(value)] for value in often - YES_NO}}
