@@ -127,13 +127,13 @@ def check(lex, said, seen):
 
     said: as `read` gives it. seen: the texts of the training sessions, as wording.split has them.
     """
-    counts, faults = np.zeros((2, 3), int), Counter()  # all and unseen texts: right, found, asked
+    counts, faults = np.zeros((2, 3), int), Counter()  # rows: all texts, unseen ones; right, found, asked
     for goal, text, slots in said:
         asked = slots - {""}
         found = set(map(slot_key, lexicon.asked(text, lex.at(goal))))
-        counts[int(split(text) in seen)] += len(found & asked), len(found), len(asked)
+        counts[:1 if split(text) in seen else 2] += len(found & asked), len(found), len(asked)
         faults.update(("missed" if slot in asked else "false", slot, text) for slot in found ^ asked)
-    for name, (right, found, asked) in ("all", counts.sum(0)), ("unseen", counts[0]):
+    for name, (right, found, asked) in zip(("all", "unseen"), counts):
         with np.errstate(invalid="ignore"):  # 0 of 0 is nan
             print(f"{name} texts: precision {right / found:.3f} ({right} of {found}), "
                   f"recall {right / asked:.3f} ({right} of {asked})")
