@@ -48,7 +48,7 @@ def read(sessions):
         for m in reversed(s.messages):
             if m.role == "assistant" and m.asks is not None:
                 names = m.asks or [""] * bool(answer)
-                slots = {slot_key(name.replace(":", " ")) for name in names}
+                slots = {*map(slot_key, names)}
                 said.append((s.goal, m.content, slots))
                 told += [(slot, "", s.goal) for slot in slots]
             answer = [(*same(item), s.goal) for item in hindsight.annotated(m)]
