@@ -746,7 +746,7 @@ def next_token_loss(model, documents):
 
 
 def train_base(docs, tokenizer, folder, seed, steps=None, shape=SHAPE):
-    """One pass of next-token loss on the assistant's words and, lightly, the user's. Writes a model's folder."""
+    """One pass of next-token loss on the assistant's words and, lightly, the user's. Writes the folder."""
     torch.set_num_threads(1)  # matrices this small lose more to a second thread than they gain (NOTES.md)
     tokenizer.save_pretrained(folder)
     write_json(folder / "config.json", {**shape, "vocab_size": len(tokenizer),
