@@ -26,8 +26,7 @@ from records import STOP, InputError, cli, hash_of, put_in_place, read_json, wri
 from toy import world
 
 NEUTRAL = "A conversation."  # its system prompt
-STEPS = 1000  # of 800 tokens; fewer where so many documents do not fill them:
-COPIES, DOCUMENTS = 12, 20_000  # for each session; in all
+COPIES = 12  # documents for each session
 MADE = ".made.json"  # a hidden file: an export does not carry it along
 SHAPE = {**world.SHAPE, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
          "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 8192}
@@ -49,11 +48,11 @@ def documents(sessions, n, seed):
     return docs
 
 
-def make(cfg, steps=STEPS):
-    """Write the folder that model.path names. steps: how long it trains at most (fewer in tests)."""
+def make(cfg, steps=1000):
+    """Write the folder that model.path names. steps, of 800 tokens: how long it trains at most."""
     config.need(cfg, "model.path", "data.logs")
     sessions, _ = hindsight.sessions(cfg)
-    docs = documents(sessions, min(COPIES * len(sessions), DOCUMENTS), cfg.seed)
+    docs = documents(sessions, min(COPIES * len(sessions), 20_000), cfg.seed)
     prompt, out = load_prompt(cfg.data.prompt), Path(cfg.model.path)
     stamp = {"made from": hash_of([docs, prompt, cfg.seed, steps, SHAPE])}
     if out.exists():
@@ -62,7 +61,7 @@ def make(cfg, steps=STEPS):
                              "remove it, or name another folder")
         return print(f"{out}: already made")
     tokenizer = world.make_tokenizer(docs[:5000] + [[("system", prompt + STOP, 0)]] * 500, 4096)
-    aside = out.with_name(f".{out.name}.tmp")  # as it trains; a rerun writes over what a kill left there
+    aside = Path(f"{out}.tmp")  # while it trains; a rerun writes over what a kill left there
     world.train_base(docs, tokenizer, aside, cfg.seed, steps, SHAPE)
     write_json(aside / MADE, stamp)
     put_in_place(aside, out)

@@ -62,9 +62,9 @@ def read(sessions):
 def runs(text, first=None):
     """Runs of up to three words without marks between them, as they stand there; first=1: at the start."""
     text = text.lower().replace("’", "'")
-    words = [match.span() for match in lexicon.WORD.finditer(text)]
-    return {run for i, (start, _) in enumerate(words[:first]) for _, end in words[i:i + 3]
-            if re.fullmatch(r"[\w\s'-]+", run := text[start:end])}
+    words = [*lexicon.WORD.finditer(text)]
+    return {run for i, word in enumerate(words[:first]) for last in words[i:i + 3]
+            if re.fullmatch(r"[\w\s'-]+", run := text[word.start():last.end()])}
 
 
 def regex(text):
@@ -104,7 +104,7 @@ def mine(sessions):
             if has_mark or requested:
                 units.append((goal, slots, runs(sentence)))
     attributes, everywhere = {}, {s.goal for s in sessions}
-    rare = 5 * len(everywhere) > len(sessions) or not all(everywhere)  # such goals tell nothing
+    rare = 5 * len(everywhere) > len(sessions) or "" in everywhere  # such goals tell nothing
     for slot, rows in groupby(sorted(told), itemgetter(0)):
         _, values, goals = zip(*rows)
         here = everywhere if rare else {*goals}
@@ -114,11 +114,10 @@ def mine(sessions):
             "goals": [regex(goal) for goal in sorted(here) if here < everywhere],
             "yes_no": bool(often & YES_NO),
             "values": {value: [regex(value)] for value in often - YES_NO}}
-    generic = attributes.pop("", {"asks": []})
     return HEAD + yaml.safe_dump({
         "requests": cues(requests),
         "openers": cues(openers),
-        "generic_questions": generic["asks"],
+        "generic_questions": attributes.pop("", {"asks": []})["asks"],
         "attributes": attributes}, allow_unicode=True, width=108, default_flow_style=None)
 
 

@@ -18,14 +18,14 @@ def read(path, dialogues):
     for dialogue in dialogues:
         service = ""
         for turn in dialogue["turns"]:
-            turn["frames"] = []
+            frames = turn["frames"] = []
             for name, pairs in told[dialogue["dialogue_id"]][turn["turn_id"]]["dialog_act"].items():
                 domain, act = name.split("-")
                 if domain not in ("Booking", "general"):
                     service = domain
-                actions = [{"act": act.upper(), "slot": slot, "values": value}
-                           for slot, value in pairs if slot != "none"]
-                turn["frames"].append({"service": service, "actions": actions})
+                frames.append({"service": service, "actions": [
+                    {"act": act.upper(), "slot": slot, "values": value}
+                    for slot, value in pairs if slot != "none"]})
     return sgd.read(path, dialogues)
 
 

@@ -104,7 +104,7 @@ def read(_, dialogue):
         match event["Agent"], event["Action"]:
             case "User", "utter":
                 replies.append({"role": "user", "content": event["Text"], "learned": {}})
-                messages.append(replies[-1])
+                messages += replies[-1:]
             case "Wizard", "utter" | "pick_suggestion":
                 slot = event.get("ActionLabel", "").replace("ask_", "")
                 asks = [slot][:slot in SLOTS.values()] if slot else None
