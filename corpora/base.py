@@ -40,7 +40,8 @@ def documents(sessions, n, seed):
     exchanges = [talk[i:i + 2] for talk in talks for i, (role, _) in enumerate(talk) if role == "assistant"]
     if not exchanges:
         raise InputError("data.logs: no training session has an expert's message (see data.roles)")
-    rng, docs = random.Random(seed), []
+    rng = random.Random(seed)
+    docs = []
     for i, said in enumerate(rng.choices(talks, k=n)):
         if i % 2:
             said = sum(rng.choices(exchanges, k=1 + len(said) // 2), [])
@@ -53,7 +54,8 @@ def make(cfg, steps=1000):
     config.need(cfg, "model.path", "data.logs")
     sessions, _ = hindsight.sessions(cfg)
     docs = documents(sessions, min(COPIES * len(sessions), 20_000), cfg.seed)
-    prompt, out = load_prompt(cfg.data.prompt), Path(cfg.model.path)
+    prompt = load_prompt(cfg.data.prompt)
+    out = Path(cfg.model.path)
     stamp = {"made from": hash_of([docs, prompt, cfg.seed, steps, SHAPE])}
     if out.exists():
         if read_json(out / MADE, {}) != stamp:
