@@ -16,7 +16,6 @@ import re
 import sys
 from collections import Counter
 from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +46,7 @@ def read(sessions):
         answer = []
         for m in reversed(s.messages):
             if m.role == "assistant" and m.asks is not None:
-                names = m.asks or [""] * bool(answer)
-                slots = {*map(slot_key, names)}
+                slots = {*map(slot_key, m.asks or [""] * bool(answer))}
                 said.append((s.goal, m.content, slots))
                 told += [(slot, "", s.goal) for slot in slots]
             answer = [(*same(item), s.goal) for item in hindsight.annotated(m)]
@@ -87,7 +85,7 @@ def cues(units, slot=""):
         return score[run], run in slot, -run.count(" "), len(run), run
 
     best = {max(found, key=rank) for found, wanted in units if wanted and found}
-    return [run for run in sorted(best) if score[run] > 1]
+    return sorted(run for run in best if score[run] > 1)
 
 
 def mine(sessions):
@@ -103,9 +101,10 @@ def mine(sessions):
                 requests.append((first, requested))
             if has_mark or requested:
                 units.append((goal, slots, runs(sentence)))
-    attributes, everywhere = {}, {s.goal for s in sessions}
+    everywhere = {s.goal for s in sessions}
     rare = 5 * len(everywhere) > len(sessions) or "" in everywhere  # such goals tell nothing
-    for slot, rows in groupby(sorted(told), itemgetter(0)):
+    attributes = {}
+    for slot, rows in groupby(sorted(told), lambda row: row[0]):
         _, values, goals = zip(*rows)
         here = everywhere if rare else {*goals}
         often = {value for value, n in Counter(values).items() if value and n > 1}
@@ -121,25 +120,6 @@ def mine(sessions):
         "attributes": attributes}, allow_unicode=True, width=108, default_flow_style=None)
 
 
-def check(lex, said, seen):
-    """Print how far a lexicon finds the `asks` of labelled messages, each read as a response is graded.
-
-    said: as `read` gives it. seen: the texts of the training sessions, as wording.split has them.
-    """
-    counts, faults = np.zeros((2, 3), int), Counter()  # rows: all texts, unseen ones; right, found, asked
-    for goal, text, slots in said:
-        asked = slots - {""}
-        found = set(map(slot_key, lexicon.asked(text, lex.at(goal))))
-        counts[:1 if split(text) in seen else 2] += len(found & asked), len(found), len(asked)
-        faults.update(("missed" if slot in asked else "false", slot, text) for slot in found ^ asked)
-    for name, (right, found, asked) in zip(("all", "unseen"), counts):
-        with np.errstate(invalid="ignore"):  # 0 of 0 is nan
-            print(f"{name} texts: precision {right / found:.3f} ({right} of {found}), "
-                  f"recall {right / asked:.3f} ({right} of {asked})")
-    for (kind, slot, text), n in faults.most_common(40):
-        print(f"{n:6} {kind:6} {slot}: {text}")
-
-
 def main():
     what, *rest = sys.argv[1:] or [""]
     if what not in ("mine", "check"):
@@ -147,14 +127,28 @@ def main():
     cfg = config.load(rest, __doc__)
     config.need(cfg, "data.logs", "data.lexicon")
     path = cfg.data.lexicon
-    if what == "mine" and Path(path).exists():
-        raise InputError(f"{path} exists, perhaps edited: remove it, or name another (data.lexicon=FILE)")
     sessions, held_out = hindsight.sessions(cfg)
     said, _ = read(held_out)
     if what == "mine":
+        if Path(path).exists():
+            raise InputError(f"{path} exists, perhaps edited: remove it, or name another (data.lexicon=FILE)")
         write_text(path, mine(sessions))
+    lex = lexicon.load(path)
     seen = {split(m.content) for s in sessions for m in s.messages}
-    check(lexicon.load(path), said, seen)
+    counts = np.zeros((2, 3), int)  # all texts, unseen ones; right, found, asked
+    faults = Counter()
+    for goal, text, slots in said:
+        asked = slots - {""}
+        found = set(map(slot_key, lexicon.asked(text, lex.at(goal))))
+        counts[:1 if split(text) in seen else 2] += len(found & asked), len(found), len(asked)
+        faults.update(f"missed {slot}: {text}" for slot in asked - found)
+        faults.update(f"false  {slot}: {text}" for slot in found - asked)
+    for name, (right, found, asked) in zip(("all", "unseen"), counts):
+        with np.errstate(invalid="ignore"):  # 0 of 0 is nan
+            print(f"{name} texts: precision {right / found:.3f} ({right} of {found}), "
+                  f"recall {right / asked:.3f} ({right} of {asked})")
+    for fault, n in faults.most_common(40):
+        print(f"{n:6} {fault}")
 
 
 if __name__ == "__main__":
