@@ -102,7 +102,7 @@ def mine(sessions):
             if has_mark or requested:
                 units.append((goal, slots, runs(sentence)))
     everywhere = {s.goal for s in sessions}
-    rare = 5 * len(everywhere) > len(sessions) or "" in everywhere  # such goals tell nothing
+    rare = 5 * len(everywhere) > len(sessions) or "" in everywhere  # goals that hardly come back say nothing
     attributes = {}
     for slot, rows in groupby(sorted(told), lambda row: row[0]):
         _, values, goals = zip(*rows)

@@ -99,7 +99,8 @@ def reveal(query, replies, asked):
 
 def read(_, dialogue):
     """Yield the session of a file."""
-    messages, replies, asked = [], [], {}
+    messages, replies = [], []
+    asked = {}
     for event in dialogue["Events"]:
         match event["Agent"], event["Action"]:
             case "User", "utter":
