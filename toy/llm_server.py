@@ -271,7 +271,7 @@ def check_request(body, models):
 
 FIELDS = ('{"items": VALUE, "score": VALUE, "questions": VALUE, "utterance": VALUE, "prompt": VALUE, '
           '"matched": VALUE}')
-VALUES = {"nan": "NaN", "huge": "1e999", "digits": "9" * 5000, "texts": '"1"', "nulls": "null"}
+VALUES = {"nan": "NaN", "huge": "1e999", "digits": "9" * 5000, "nulls": "null"}
 # What the model says instead. REPLY: its reply, REST: that without the first brace, KEY: the key it was sent.
 SAID = {name: FIELDS.replace("VALUE", value) for name, value in VALUES.items()} | {
     "types": '{"items": "none", "score": "high", "utterance": 3, "prompt": ["x"], "matched": 1}',
@@ -279,6 +279,8 @@ SAID = {name: FIELDS.replace("VALUE", value) for name, value in VALUES.items()} 
              '"utterance": "", "prompt": "", "matched": [0]}',
     "enum": '{"items": [{"utterance": 0, "slot": "x", "value": "y"}], "score": 0.7, "questions": 1, '
             '"utterance": " ", "prompt": " ", "matched": [99999]}',
+    "texts": '{"items": [{"utterance": "1", "slot": "x", "value": "y"}], "score": "1", "questions": "1", '
+             '"utterance": " ", "prompt": " ", "matched": ["1"]}',
     "mute": "", "refusal": "I cannot help with that.", "array": "[[REST]]",
     "quotes": "{'score': 1}", "prose": "Sure, here it is:\n```json\nREPLY\n```\nAnything else?",
     "think": '<think>Perhaps {"score": 0.5}? REPLY</think>\nREPLY', "half think": "<think>So REPLY",
@@ -316,7 +318,7 @@ WIRE = {
 STATUS = "400 408 409 422 429 500 501 502 503 504".split()
 # What becomes of a reply's bytes.
 BYTES = {"bom": lambda data: b"\xef\xbb\xbf" + data, "bytes": lambda data: data.replace(b": {", b": {\xff")}
-HARMLESS = "prose think more echo model bom".split()
+HARMLESS = "prose think twice more echo model bom".split()
 EVERY = [*SAID, *TOLD, *WIRE, *STATUS, *BYTES, "cut", "long", "hang"]
 
 
