@@ -12,11 +12,11 @@ from itertools import product
 import pytest
 
 import autoprompt
-import grading
 import hindsight
 import llm
 import pairs
 import records
+import rollout
 import train_grpo
 from asking import QUESTION, ask, counts, open_source, turns_of, values, write_config, write_logs
 from toy.llm_server import EVERY, HARMLESS, Server
@@ -153,7 +153,7 @@ def desk(tmp_path, monkeypatch, capfd, marks_checkpoint, lexicon_file, serve, so
     monkeypatch.setenv("OPENAI_API_KEY", CANARY)
     monkeypatch.setattr(llm, "GIVE_UP", 15)
     monkeypatch.setattr(sys, "argv", [])
-    monkeypatch.setattr(grading, "text_of", lambda tokenizer, tokens, ends: SAID[sum(tokens) % len(SAID)])
+    monkeypatch.setattr(rollout.Policy, "text", lambda self, tokens: SAID[sum(tokens) % len(SAID)])
     monkeypatch.setattr(Desk, "capfd", capfd, raising=False)
     shutil.copytree(REPO / "prompts", tmp_path / "prompts")
     monkeypatch.chdir(tmp_path)
