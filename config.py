@@ -382,7 +382,7 @@ class EachKeyOnce(yaml.constructor.BaseConstructor):
         names = [name.value for name, _ in node.value]
         for name in names:
             if names.count(name) > 1:
-                raise yaml.YAMLError(f"{name!r} stands twice below line {node.start_mark.line + 1}")
+                raise yaml.YAMLError(f"{shorten(name)} stands twice below line {node.start_mark.line + 1}")
         return super().construct_mapping(node, deep)
 
 
@@ -467,7 +467,7 @@ def unknown(name, where):
     by_leaf = {n.split(".")[-1]: n for n in FIELDS}  # perhaps the right key in the wrong section
     hint = (nearest(name, [*FIELDS, *SECTIONS]) or nearest(name.split(".")[-1], by_leaf, by_leaf.get)
             or "; --help lists every key")
-    return InputError(f"{where}: unknown key {name!r}{hint}")
+    return InputError(f"{where}: unknown key {shorten(name)}{hint}")
 
 
 def is_text(name):

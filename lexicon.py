@@ -69,7 +69,7 @@ class Entry(BaseModel, extra="allow"):
     @model_validator(mode="after")
     def no_other_keys(self):
         for name in self.model_extra:
-            raise ValueError(f"unknown key {name!r}; it may hold {', '.join(type(self).model_fields)}")
+            raise ValueError(f"unknown key {shorten(name)}; it may hold {', '.join(type(self).model_fields)}")
         return self
 
 
@@ -112,7 +112,8 @@ class Lexicon(Entry):
         for name, complaint in self.complaints.items():
             for attribute in complaint.attributes:
                 if attribute not in self.attributes:
-                    raise ValueError(f"complaints.{name}.attributes: no attribute is called {attribute!r}")
+                    raise ValueError(
+                        f"complaints.{name}.attributes: no attribute is called {shorten(attribute)}")
         return self
 
     __hash__ = object.__hash__
