@@ -250,7 +250,9 @@ def nearly(row):
 def test_any_json_in_a_record(tmp_path, soak):
     path, n, kinds = tmp_path / "x.jsonl", Counter(), list(LINES)
 
-    @hypothesis.given(st.sampled_from(kinds).flatmap(lambda kind: st.tuples(st.just(kind), nearly(LINES[kind]))))
+    pairs_of = st.sampled_from(kinds).flatmap(lambda kind: st.tuples(st.just(kind), nearly(LINES[kind])))
+
+    @hypothesis.given(pairs_of)
     def run(pick):
         kind, obj = pick
         path.write_text(f"{json.dumps(obj)}\n{json.dumps(LINES[kind])}")
