@@ -87,6 +87,7 @@ class Cache:
                              "remove it")
 
     def run(self, sql, *values):
+        """-> the first row, or None where there is none."""
         try:
             return self.db.execute(sql, values).fetchone()
         except sqlite3.Error as error:
