@@ -324,7 +324,7 @@ class Endpoint:
             began = time.perf_counter()
             try:
                 response = await self.complete(ask)
-            except self.openai.OpenAIError as error:
+            except Exception as error:  # whatever the client cannot do
                 return self.unanswered(error)
             self.tally.seconds.append(time.perf_counter() - began)
         self.in_a_row = 0

@@ -221,6 +221,12 @@ def test_no_key_is_no_hindrance(monkeypatch, serve, source_of):
     assert graded(source_of(server)) == WELL and server.keys == {"Bearer EMPTY"}
 
 
+@pytest.mark.parametrize("url", ["http://[x", "localhost:8000", "", "http://localhost:99999/v1"])
+def test_an_address_where_nothing_can_be(url, source_of):
+    source = source_of(url, retries=0)
+    assert graded(source) is None and counts(source)["failed"] == 1 and source.tally.why
+
+
 @pytest.mark.parametrize("key", ["sk-caf\xe9-0123", "sk-0123\nsk-4567", "sk-\x7f0123"])
 def test_a_key_that_no_header_can_carry(key, monkeypatch, serve, source_of):
     monkeypatch.setenv("OPENAI_API_KEY", key)
