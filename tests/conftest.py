@@ -222,6 +222,20 @@ def client(monkeypatch):
 
 # -------------------------------------------------------------------------------------------------- processes
 
+@pytest.fixture(scope="session")
+def stage():
+    """Where scripts are disturbed (faulty.py)."""
+    from faulty import Stage
+    stage = Stage()
+    yield stage
+    stage.close()
+
+
+@pytest.fixture
+def trial(stage, serve, tmp_path, marks_checkpoint):
+    """trial(script, overrides ...): a faulty.Trial of it"""
+    from faulty import Trial
+    return lambda *script: Trial(stage, tmp_path, marks_checkpoint, serve(), *script)
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import eval as evaluation
 import grading
 import model as decoder
 import parallel
-import records
 import run as running
 import train_dpo
 import train_grpo
@@ -27,6 +26,7 @@ from world import (
     equal,
     exported,
     kill_tree,
+    let_go,
     make_baseline,
     make_config,
     make_world,
@@ -308,9 +308,7 @@ def test_a_run_folder_by_another_name(train, tmp_path, tiny_checkpoint):
     other = [f"run_dir={begun}/", f"model.path={tiny_checkpoint}/", f"data.prompt={folder}/.//prompt.md"]
     lines = train(train_sft, path, "train.steps=2", *other)
     assert [m["step"] for m in lines] == [1, 2]
-    for held in records.LOCKS.values():
-        held.close()
-    records.LOCKS.clear()
+    let_go()
     begun.rename(folder / "moved")
     (folder / "run").unlink()
     (folder / "run").symlink_to("moved")

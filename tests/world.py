@@ -19,6 +19,7 @@ import config
 import model as decoder
 import pack
 import parallel
+import records
 from model import Decoder
 
 REPO = Path(__file__).resolve().parent.parent
@@ -159,6 +160,13 @@ def make_baseline(folder, checkpoint_folder, loss, **changed):
     if loss == "dpo":
         build_pairs(path)
     return path
+
+
+def let_go():
+    """Unlock the run folders that scripts called in this process have locked until its end."""
+    for held in records.LOCKS.values():
+        held.close()
+    records.LOCKS.clear()
 
 
 def build_pairs(path):
