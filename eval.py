@@ -40,7 +40,18 @@ from metrics import (
     table,
 )
 from prompts import encode_prompts, load_tokenizer, load_turns, read_turns
-from records import InputError, cli, lock, read_json, read_log, write_json, write_jsonl, write_text
+from records import (
+    InputError,
+    cli,
+    file_hash,
+    hash_of,
+    last_step,
+    lock,
+    read_json,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from rollout import load_policy
 
 DECODINGS = {"sampled": "graded.jsonl", "greedy": "graded_greedy.jsonl"}
@@ -50,7 +61,7 @@ DECODINGS = {"sampled": "graded.jsonl", "greedy": "graded_greedy.jsonl"}
 
 def full_reward(judge):
     """The judge with the reward that evaluation uses whatever a run was trained on: the product, beta 2."""
-    kept = judge.reward.model_dump(include={"grader", "omega", "audit"})
+    kept = judge.reward.model_dump(include={"grader", "omega", "audit", "max_failed"})
     return replace(judge, reward=config.RewardConfig(**kept))
 
 
@@ -58,20 +69,33 @@ def evaluate(policy, judge, prompts, cfg, greedy=False, desc="evaluate"):
     """Sample responses to every prompt and grade them (collective) -> list of Rollout, on every rank."""
     sampling = grading.sampling_of(cfg, True, greedy)
     keys = [(config.Stream.EVALUATION, i) for i in range(len(prompts))]
-    groups, _ = grading.sample_graded(policy, full_reward(judge), prompts, keys, sampling, desc)
+    judge = full_reward(judge)
+    groups, _ = grading.sample_graded(policy, judge, prompts, keys, sampling, desc)
+    grading.check_failed(groups, judge, "in this evaluation", "a rerun asks for these again")
     return [rollout for group in groups for rollout in group.graded]
 
 
 def model_of(cfg):
     """The folder that a config evaluates: what it trained, or its base model where it never trained."""
     run = cfg.run_path
-    export, found = run / "export", checkpoint.all_checkpoints(run)
-    if export.is_dir() and export.stat().st_mtime >= (found[-1].stat().st_mtime if found else 0):
+    export, begun = run / "export", checkpoint.all_checkpoints(run)
+    steps = trained(run)
+    if steps and steps >= max(last_step(run), *(int(path.name[5:]) for path in begun), 0):
         return export
-    if found or (run / "metrics.jsonl").is_file():
+    if begun or export.is_dir() or (run / "metrics.jsonl").is_file():
         raise InputError(f"{run} holds a run that has not come to its end (no export, or an older one): run "
-                         f"it to the end first")
+                         "it to the end first")
     return decoder.resolve(cfg.model.path)
+
+
+def trained(run):
+    """How many steps the model that a run exported was trained; 0 where there is none."""
+    return read_json(run / "export" / ".trained.json", {"steps": 0})["steps"]
+
+
+def hashes(run):
+    """Those of a run's graded rollouts, which eval.json belongs to."""
+    return {file: file_hash(run / file) for file in DECODINGS.values()}
 
 
 def evaluate_run(cfg):
@@ -82,7 +106,6 @@ def evaluate_run(cfg):
         lock(cfg.run_path)
     checkpoint.open_run(cfg, 1)  # as a rank that saves nothing: was the run trained with this config?
     run, folder = cfg.run_path, model_of(cfg)
-    steps = max((line.get("step", 0) for line in read_log(run)), default=0)
     judge = grading.open_judge(cfg)
     prompts = encode_prompts(load_tokenizer(folder), load_turns(cfg, "eval"), cfg)
     # The weights come last: whatever a user can mend is found before they are read.
@@ -98,7 +121,9 @@ def evaluate_run(cfg):
         print(table(name, sampled, {"greedy": greedy}))
         for how, file in DECODINGS.items():
             write_jsonl(run / file, graded[how])
-        write_json(run / "eval.json", {**sampled, "model": str(folder), "decoding": name, "steps": steps,
+        judged = hash_of([file_hash(path) for path in (cfg.data.lexicon, cfg.llm.grader.prompt) if path])[:8]
+        write_json(run / "eval.json", {**sampled, "model": str(folder), "decoding": name, "judge": judged,
+                                       "steps": trained(run), "files": hashes(run),
                                        "samples": cfg.eval.samples, "turns": world,
                                        "config": config.flatten(cfg), "greedy": greedy})
         page = report.try_to_write(run)
@@ -134,7 +159,8 @@ ORDERINGS = ("grpo sft tr", "sft base tr", "grpo base tr", "base dpo tr", "cispo
 
 
 # How a run was evaluated: what a table says aloud where it is not alike.
-HOW = "decoding samples steps turns reward.grader reward.wording reward.omega data.prompt".split()
+HOW = ("decoding samples steps turns judge reward.grader reward.wording reward.omega data.prompt "
+       "rollout.max_new_tokens llm.grader.model llm.grader.base_url").split()
 
 
 def same_but_seed(made):
@@ -158,7 +184,10 @@ def read_rows(runs):
         row, found = rows.setdefault(run.resolve().name, defaultdict(list)), read_json(path)
         if "config" not in found:
             raise InputError(f"{path} does not tell its config: run eval.py with it again")
-        first = seeds.setdefault((run.resolve().name, found["config"]["seed"], found["turns"]), run)
+        if found.get("files") != hashes(run) or found["steps"] < last_step(run):
+            raise InputError(f"{path} is not of the rollouts or of the training beside it: run eval.py with "
+                             "that run's config again")
+        first = seeds.setdefault((run.resolve().name, found["config"]["seed"]), run)
         if first is not run:  # counted twice, they would make the intervals too narrow
             raise InputError(f"{first} and {run} are one seed of one row (a link, a copy?): name one of them")
         made = same_but_seed(found["config"])
@@ -167,7 +196,7 @@ def read_rows(runs):
                 raise InputError(f"{row['runs'][0]} and {run} have one name but differ in {name} ({value}, "
                                  f"{made.get(name)}): only seeds of one row are pooled; rename a folder")
         row["runs"].append(str(run))
-        row["how"].append({name: (found | made)[name] for name in HOW})
+        row["how"].append({name: (found["config"] | found | made)[name] for name in HOW})
         row["tr_by_run"].append(found["tr"])
         for how, name in DECODINGS.items():  # sessions pair up only where two runs had the same turns
             row[how] += [g.model_copy(update={"session_id": f"{found['turns']}/{session_of(g)}"})
@@ -302,7 +331,7 @@ def main():
     what.add_argument("--table", metavar="RUN", nargs="+", help="run folders that hold an eval.json")
     p.add_argument("--sessions", type=int, default=0, help="with --table: show so many conversations")
     args = p.parse_args()
-    if args.graded:
+    if args.graded is not None:
         summary = summarise(load_graded(args.graded))
         print(table(args.graded, summary, {}))
         print(json.dumps(summary))

@@ -197,3 +197,17 @@ def sample_graded(policy, judge, prompts, keys, sampling, desc="rollout"):
     if tally:
         figures |= {f"grade_{name}": value for name, value in llm.summary(tallies).items()}
     return [Group(prompt, *shares[i % world][i // world]) for i, prompt in enumerate(prompts)], figures
+
+
+def check_failed(groups, judge, when, way_out):
+    """Raise llm.Unanswered, on all ranks, where more gradings of these groups failed than reward.max_failed.
+
+    A failed grading is in no mean, and its decision to go on was right: many of them bias all figures.
+    """
+    asked = [g.reward for group in groups for g in group.graded
+             if needs_grader(g.truth, g.response, judge)]
+    failed, most = asked.count(None), judge.reward.max_failed
+    if failed > most * len(asked):
+        raise llm.Unanswered(f"{failed} of {len(asked)} gradings failed {when}, more than reward.max_failed="
+                             f"{most} of them (the last on this rank: {judge.grader.tally.why}): look at the "
+                             f"grader ({judge.grader.settings.model}). Once it answers, {way_out}")

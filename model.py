@@ -469,11 +469,11 @@ def load(folder, device, dtype):
     return load_weights(model.requires_grad_(False), folder)
 
 
-def export(model, base, out, max_bytes=4 << 30):
+def export(model, base, out, steps=0, max_bytes=4 << 30):
     """Write the model as a Hugging Face folder, with the base checkpoint's type, config and tokenizer files.
 
-    Collective under FSDP: one parameter at a time is gathered, rank 0 writes. The folder appears whole or not
-    at all.
+    steps: how long it was trained, for eval.py. Collective under FSDP: one parameter at a time is gathered,
+    rank 0 writes. The folder appears whole or not at all.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     base, out, params = resolve(base), Path(out), dict(model.named_parameters())
@@ -503,4 +503,5 @@ def export(model, base, out, max_bytes=4 << 30):
         if files.is_sharded:
             write_json(aside / "model.safetensors.index.json",
                        {"metadata": files.metadata, "weight_map": files.tensor_to_filename})
+        write_json(aside / ".trained.json", {"steps": steps})  # hidden: a later export leaves it behind
         put_in_place(aside, out)

@@ -344,6 +344,11 @@ def read_log(run):
     return [line for _, line in read_jsonl(path, lambda n, why: None)] if path.is_file() else []
 
 
+def last_step(run):
+    """The last step that a run's metrics.jsonl tells of, 0 without one."""
+    return max((line.get("step", 0) for line in read_log(run)), default=0)
+
+
 def read_records(path, kind, way_out=""):
     """Yield (line number, record) for each line. A bad line raises InputError; way_out ends its message."""
     for n, obj in read_jsonl(path):

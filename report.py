@@ -147,7 +147,10 @@ def read_run(folder, name, colour):
     lines = [m for m in read_log(folder) if known(m.get("step"))]
     steps = [m for m in lines if m["step"] > 0]
     evals = [{**m["eval"], "step": m["step"]} for m in lines if isinstance(m.get("eval"), dict)]
-    result = read_json(folder / "eval.json", {})
+    result, count = read_json(folder / "eval.json", {}), f"{len(steps)} training steps"
+    if steps and result.get("steps", math.inf) < steps[-1]["step"]:
+        count += f"; eval.json is of step {result['steps']}, and not shown"
+        result = {}
     about = result.get("model", "no config.yaml")
     try:
         c = config.saved(folder)
@@ -156,7 +159,7 @@ def read_run(folder, name, colour):
             about = f"{t.loss} from {c.model.path}, lr {t.lr:g}, reward {c.reward.mode}, seed {c.seed}"
     except InputError:
         pass  # there is none, or one of another version; the curves can be shown without it
-    return Run(name, colour, steps, evals, result, f"{about}; {len(steps)} training steps")
+    return Run(name, colour, steps, evals, result, f"{about}; {count}")
 
 
 def read_groups(folder):

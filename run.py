@@ -326,20 +326,6 @@ def save(run):
     checkpoint.save(run.dir, run.step, run.model, run.optimizer, run.inputs, run.cfg.train.keep_checkpoints)
 
 
-def check_failed(run, groups):
-    """Raise llm.Unanswered, on all ranks, where too many gradings of these groups failed."""
-    asked = [g.reward for group in groups for g in group.graded
-             if grading.needs_grader(g.truth, g.response, run.judge)]
-    failed, most = asked.count(None), run.cfg.reward.max_failed
-    if failed > most * len(asked):
-        raise llm.Unanswered(f"{failed} of {len(asked)} gradings failed after step {run.step}, more than "
-                             f"reward.max_failed={most} of them (the last on this rank: "
-                             f"{run.judge.grader.tally.why}): look at the grader "
-                             f"({run.cfg.llm.grader.model}). Once it answers, the same command goes on from "
-                             f"here; with another prompt or model, a new run_dir with train.from="
-                             f"{run.cfg.run_path}")
-
-
 def evaluate(run):
     return metrics.metrics(evaluation.evaluate(run.policy, run.judge, run.held_out, run.cfg))
 
@@ -359,7 +345,7 @@ def show_groups(run, when):
 def finish(run):
     """Export the trained model and write report.html."""
     run.log.close()
-    decoder.export(run.model, run.folder, run.dir / "export")
+    decoder.export(run.model, run.folder, run.dir / "export", run.total)
     if run.held_out:
         show_groups(run, "after")
     if run.rank == 0:

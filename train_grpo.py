@@ -236,7 +236,8 @@ def sample_and_grade(run, prompts, steps):
     try:
         groups, phase = grading.sample_graded(run.policy, run.judge, asked, keys,
                                               grading.sampling_of(run.cfg))
-        running.check_failed(run, groups)
+        grading.check_failed(groups, run.judge, f"after step {run.step}", "the same command goes on from "
+                             f"here; with another prompt or model, a new run_dir with train.from={run.dir}")
     except llm.Unanswered:  # on all ranks
         if run.step:
             running.save(run)

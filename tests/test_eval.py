@@ -1,6 +1,5 @@
 """A model's figures on its held-out turns, and runs beside Table 1: the paper's numbers and orderings."""
 import json
-import os
 import shutil
 
 import pytest
@@ -9,6 +8,7 @@ import yaml
 
 import config
 import eval as evaluation
+import grading
 from metrics import by_session, intervals, load_graded, metrics, summarise
 from prompts import encode_prompts, load_turns
 from records import InputError, Rollout, file_hash, write_json, write_jsonl
@@ -127,13 +127,40 @@ def test_the_export_is_evaluated_where_there_is_one(run, show, make_checkpoint):
     (step / "state.json").write_text("{}")
     refuses()
     shutil.copytree(make_checkpoint("qwen2", seed=5), folder / "export")
-    os.utime(folder / "export")
+    refuses()  # nobody knows of what
+    write_json(folder / "export" / ".trained.json", {"steps": 2})
     write_lines(folder / "metrics.jsonl", [{"step": step} for step in range(3)])
     show(*args)
     result = json.loads((folder / "eval.json").read_text())
     assert (result["model"], result["steps"]) == (str(folder / "export"), 2)
-    os.utime(step, (2e9, 2e9))  # training went on after that export
+    step.rename(step.with_name("step_000003"))  # training went on after that export, and was killed
     refuses()
+    shutil.rmtree(step.parent)
+    write_lines(folder / "metrics.jsonl", [{"step": step} for step in range(4)])
+    refuses()
+
+
+@pytest.mark.parametrize("file, line", [("metrics.jsonl", {"step": 7}), ("graded_greedy.jsonl", {})])
+def test_an_old_evaluation_stands_in_no_table(run, show, file, line):
+    """The run was trained on, or rollouts of another evaluation lie there (one that was killed)."""
+    folder, args = run
+    show(*args)
+    show("--table", folder)
+    with open(folder / file, "a") as f:
+        f.write(json.dumps(line) + "\n")
+    with pytest.raises(InputError, match="is not of the rollouts or of the training beside it: run eval.py"):
+        show("--table", folder)
+
+
+def test_an_evaluation_whose_grader_fails_ends_in_an_error(run, serve, monkeypatch, refused):
+    """Failed gradings are those of right decisions: without them the means would be of the others."""
+    folder, args = run
+    monkeypatch.setattr(grading, "needs_grader", lambda *_: True)
+    url = serve(faults=1.0, kinds=("500",)).url
+    told = refused(evaluation, *args, "reward.grader=llm", "llm.grader.model=toy",
+                   f"llm.grader.base_url={url}", "llm.grader.retries=0", "reward.omega=rule")
+    assert "gradings failed in this evaluation, more than reward.max_failed" in told
+    assert not (folder / "eval.json").exists()
 
 
 def test_turns_must_be_there_and_made_with_this_config(run, show):
@@ -208,8 +235,9 @@ def write_run(folder, scores, greedy=None, how=(), **flat):
     write_jsonl(folder / "graded.jsonl", graded)
     write_jsonl(folder / "graded_greedy.jsonl", rollouts(greedy or scores))
     made = config.flatten(make_config(run_dir=str(folder), **flat))
-    how = {"decoding": "temperature 1", "samples": 1, "steps": 9, "turns": "w", **dict(how)}
-    write_json(folder / "eval.json", {**summarise(graded), **how, "config": made, "greedy": {}})
+    how = {"decoding": "temperature 1", "samples": 1, "steps": 9, "turns": "w", "judge": "j", **dict(how)}
+    write_json(folder / "eval.json", {**summarise(graded), "files": evaluation.hashes(folder), **how,
+                                      "config": made, "greedy": {}})
     return folder
 
 
@@ -294,7 +322,8 @@ def test_a_seed_is_pooled_once(tmp_path, refused):
 
 
 @pytest.mark.parametrize("name, values", [
-    ("decoding", ("greedy", "top-p 1")), ("samples", (1, 3)), ("steps", (0, 200)), ("turns", ("ab", "cd"))])
+    ("decoding", ("greedy", "top-p 1")), ("samples", (1, 3)), ("steps", (0, 200)), ("turns", ("ab", "cd")),
+    ("judge", ("ef", "gh"))])
 def test_a_table_says_which_conditions_differ(tmp_path, show, name, values):
     runs = [write_run(tmp_path / row, {"s": [1.0]}, how={name: value})
             for row, value in zip(("grpo", "mine"), values)]

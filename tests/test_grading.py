@@ -18,7 +18,7 @@ import rollout
 import run as running
 import train_grpo
 from asking import QUESTION, TURN, ask
-from grading import Grade, Group, Judge, grade_one
+from grading import Grade, Group, Judge, check_failed, grade_one
 from metrics import agreement
 from prompts import spoken
 from records import STOP, InputError, Rollout, explain
@@ -374,8 +374,9 @@ def test_a_few_failed_gradings_do_not_stop_training():
     def check(*groups, most=0.5):
         cfg = make_config(reward__grader="llm", reward__max_failed=most)
         source = SimpleNamespace(tally=SimpleNamespace(why="cut"))
-        run = SimpleNamespace(judge=Judge(None, source, cfg.reward), cfg=cfg, step=0)
-        running.check_failed(run, [Group(None, [], list(graded)) for graded in groups])
+        source.settings = cfg.llm.grader
+        check_failed([Group(None, [], list(graded)) for graded in groups], Judge(None, source, cfg.reward),
+                     "after step 0", "go on")
 
     failed, good = made(None), made(2.0)
     stops = made(0.0, response="<stop />"), made(4.0, "stop", "<stop />"), made(0.0, "stop")
