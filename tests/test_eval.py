@@ -291,7 +291,7 @@ def test_runs_of_one_name_are_seeds_of_a_row(tmp_path, show):
         runs.append(write_run(tmp_path / f"toy{i}" / "grpo", world, how=how, seed=i, train__eval_every=i + 1,
                               data__logs=str(tmp_path / f"toy{i}" / "world" / "train.jsonl")))
         zeros = {s: [0.0] * len(v) for s, v in world.items()}
-        runs.append(write_run(tmp_path / f"toy{i}" / "sft", zeros, how=how))
+        runs.append(write_run(tmp_path / f"toy{i}" / "sft", zeros, how=how, seed=i))
     assert "**TR of each seed**" in show("--table", *runs)
     summary = json.loads((tmp_path / "table.json").read_text())
     row = summary["rows"]["grpo"]
