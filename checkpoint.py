@@ -2,7 +2,8 @@
 
 A checkpoint folder holds one safetensors file per rank (its rows of every weight and optimizer moment, with
 the row offsets in the header) and state.json. The folder is written aside and renamed once all ranks are
-done: what carries the final name is whole. Any number of ranks can read it; each takes the rows it needs
+done: what carries the final name is whole, and on the disk. Where its files have changed since, it is left
+out, aloud, and the one before is read. Any number of ranks can read it; each takes the rows it needs
 from the files that hold them.
 """
 import hashlib
@@ -13,12 +14,11 @@ from contextlib import suppress
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import config
 import parallel
-from model import local, shard_rows
+from model import local, save_tensors, shard_rows
 from records import (
     InputError,
     file_hash,
@@ -88,7 +88,7 @@ def save(run, step, model, optimizer, inputs, keep):
         tensors[name] = rows.cpu().contiguous()
         offsets[name] = shard_rows(p)[0]
     file = aside / f"rank_{rank:05d}.safetensors"
-    save_file(tensors, file, metadata={"offsets": json.dumps(offsets)})
+    save_tensors(tensors, file, offsets=json.dumps(offsets))
     sync(file)
     hashes = dict(parallel.all_gather((file.name, file_hash(file))))
     if rank == 0:

@@ -54,8 +54,6 @@ class Stream(IntEnum):
 
 
 RL = "grpo cispo gspo"
-ONE_OR_MORE = BeforeValidator(lambda x: [x] * bool(x) if isinstance(x, str) else x or [])
-Texts = Annotated[list[str], ONE_OR_MORE]
 
 
 def tidy(path):
@@ -67,7 +65,7 @@ def tidy(path):
 
 
 File = Annotated[str, AfterValidator(tidy)]
-Files = Annotated[list[File], ONE_OR_MORE]
+Texts = Annotated[list[File], BeforeValidator(lambda x: [x] * bool(x) if isinstance(x, str) else x or [])]
 
 
 def key(default, help, affects="training", read_by="", **bounds):
@@ -87,10 +85,10 @@ class ModelConfig(Exact):
 
 
 class DataConfig(Exact):
-    logs: Files = key(
+    logs: Texts = key(
         [], "training conversations: a list of files (JSON, Parquet) or hub data sets (hf:OWNER/NAME:SPLIT)",
         "turns pairs training")
-    eval_logs: Files = key([], "held-out conversations, likewise", "turns training")
+    eval_logs: Texts = key([], "held-out conversations, likewise", "turns training")
     split: Share = key(
         0.0, "where data.eval_logs is empty: share of the sessions to hold out, by a hash of the session id",
         "turns training")

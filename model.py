@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -469,6 +469,14 @@ def load(folder, device, dtype):
     return load_weights(model.requires_grad_(False), folder)
 
 
+def save_tensors(tensors, file, **metadata):
+    """Write a safetensors file. OSError: it cannot be written, say where the disk is full."""
+    try:
+        save_file(tensors, file, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{file}: {error}")
+
+
 def export(model, base, out, steps=0, max_bytes=4 << 30):
     """Write the model as a Hugging Face folder, with the base checkpoint's type, config and tokenizer files.
 
@@ -498,7 +506,7 @@ def export(model, base, out, steps=0, max_bytes=4 << 30):
             if main:
                 tensors[name] = whole.detach().to("cpu", dtype).contiguous()
         if main:
-            save_file(tensors, aside / file, metadata={"format": "pt"})
+            save_tensors(tensors, aside / file, format="pt")
     if main:
         if files.is_sharded:
             write_json(aside / "model.safetensors.index.json",

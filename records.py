@@ -61,8 +61,8 @@ def cli(main):
             for bar in list(getattr(tqdm, "_instances", ())):  # else the line would stand amid the bars
                 bar.close()
             time.sleep(2 * int(os.environ.get("LOCAL_RANK", 0)) + 5 * lost)
-            told = "another process of this run has ended, for the reason that it tells" if lost else error
-            print("error:", told, file=sys.stderr)
+            why = "another process of this run has ended, for the reason that it tells"
+            print("error:", why if lost else error, file=sys.stderr)
             sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: started again, a training run goes on from its last checkpoint", file=sys.stderr)

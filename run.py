@@ -27,7 +27,7 @@ import plan
 import report
 from config import Stream
 from prompts import encode_prompts, encode_response, load_turns, turns_file, within_limit
-from records import InputError, lock, write_jsonl
+from records import InputError, lock, sync, write_jsonl
 from rollout import Policy
 
 MAX_BAD_STEPS = 5  # steps in a row without a finite gradient
@@ -323,6 +323,7 @@ def save(run):
     """Write a checkpoint, unless the last step was a bad one: its weights are not to be gone on from."""
     if run.bad:
         return
+    sync(run.dir / "metrics.jsonl")
     checkpoint.save(run.dir, run.step, run.model, run.optimizer, run.inputs, run.cfg.train.keep_checkpoints)
 
 

@@ -60,7 +60,7 @@ def full_amid_a_line(log, record):
     half_a_line(log, record, full)
 
 
-def half_a_file(tensors, path, **how):
+def half_a_file(tensors, path, **metadata):
     Path(path).write_bytes(b"half")
     kill()
 

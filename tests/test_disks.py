@@ -15,7 +15,7 @@ from faulty import result
 from records import file_hash, hash_of, read_json, write_json
 from world import REPO, make_baseline
 
-WRITES = """os.fsync os.replace shutil.copyfile checkpoint.save_file model.save_file
+WRITES = """os.fsync os.replace shutil.copyfile checkpoint.save_tensors model.save_tensors
     checkpoint.Log.write""".split()
 SCRIPTS = ["train_sft", "train_dpo", "train_grpo", "eval", "pairs", "hindsight", "autoprompt"]
 

@@ -206,6 +206,11 @@ def test_rows_outside_the_spans_neither_give_nor_take():
 
 # ----------------------------------------------------------------------------------------- folders in and out
 
+def test_weights_for_which_there_is_no_room_are_named(tmp_path):
+    with pytest.raises(OSError, match=f"{tmp_path}/none/x: Error while serializing: I/O error"):
+        decoder.save_tensors({"a": torch.zeros(2)}, tmp_path / "none" / "x")
+
+
 def test_sharded_checkpoint_loads(make_checkpoint, tiny_checkpoint):
     folder = make_checkpoint("qwen2", max_shard_size="20KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 2 and not (folder / "model.safetensors").exists()

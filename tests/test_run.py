@@ -288,6 +288,16 @@ def test_a_page_that_cannot_be_made_costs_nothing_else(train, call, capsys, tmp_
     assert read_json(run / "eval.json")["n"] and "report.html is a folder" in capsys.readouterr().out
 
 
+def test_the_log_reaches_the_disk_before_the_checkpoint(train, monkeypatch, tmp_path, tiny_checkpoint):
+    """Else a power cut could leave a checkpoint whose steps the log lacks."""
+    path = make_baseline(tmp_path, tiny_checkpoint, "sft", train__steps=2, train__checkpoint_every=1)
+    sync, save, done = running.sync, checkpoint.save, []
+    monkeypatch.setattr(running, "sync", lambda f: done.append((f.name, len(metrics(path)))) or sync(f))
+    monkeypatch.setattr(checkpoint, "save", lambda *what: done.append(what[1]) or save(*what))
+    train(train_sft, path)
+    assert done == [("metrics.jsonl", 1), 1, ("metrics.jsonl", 2), 2]
+
+
 def test_torn_lines_of_the_log_are_counted_aloud(train, capsys, tmp_path, tiny_checkpoint):
     path = make_baseline(tmp_path, tiny_checkpoint, "sft", train__steps=2)
     lines, log = train(train_sft, path), tmp_path / "run" / "metrics.jsonl"
