@@ -35,7 +35,7 @@ from pydantic import (
     model_validator,
 )
 
-from records import STOP, Exact, InputError, Share, explain, flaw, nearest, shorten, write_text
+from records import STOP, Exact, InputError, Share, Slot, explain, flaw, nearest, shorten, write_text
 
 
 class Stream(IntEnum):
@@ -124,10 +124,10 @@ class HindsightConfig(Exact):
     user_end: Literal["stop", "drop"] = key(
         "stop", "a session that ends on a user utterance: its last point is a stop, or is dropped",
         "turns pairs training")
-    generic: list[str] = key(
+    generic: list[Slot] = key(
         [], "slots left out of I* because any context admits them (\"allergies\" means drug allergies too)",
         "turns pairs training scores")
-    many_valued: list[str] = key(
+    many_valued: list[Slot] = key(
         [], "slots of which a further value is news ([symptom]); of all others it corrects, and is no target",
         "turns pairs training scores")
     end_markers: list[str] = key(

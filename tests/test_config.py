@@ -149,6 +149,8 @@ seed: 1; seed: 2              | c.yaml ... 'seed' stands twice below line 1
 train: {lr: 1, epochs: 2, lr: 1} | c.yaml ... 'lr' stands twice below line 2
 eval: {samples: 9}; rollout: {max_rows: 8} | rollout.max_rows=8 cannot hold one group of eval.samples=9
 hindsight: {generic: [1]}     | hindsight.generic
+hindsight: {many_valued: [""]} | hindsight.many_valued.0 must not be blank
+hindsight.generic=[a, _]      | command line: hindsight.generic.1 must not be blank
 train: {loss: cispo, is_floor: 2} | train.is_floor=2.0 is above train.is_cap
 train: {loss: dpo, dpo_beta: 0}   | train.dpo_beta must be above 0
 base: 3                       | base must be the path of another config
