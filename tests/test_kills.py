@@ -11,7 +11,7 @@ from world import read_lines
 
 pytestmark = [pytest.mark.soak, pytest.mark.slow]  # the short form is slow too
 COMMON = "os.replace os.fsync".split()
-TRAINING = [*COMMON, *"""run.load_tokenizer run.base_model run.optimizer_step checkpoint.Log.write:half_a_line
+TRAINING = [*COMMON, *"""rollout.load_tokenizer run.base_model run.optimizer_step checkpoint.Log.write:half_a_line
     checkpoint.save checkpoint.save_tensors:half_a_file checkpoint.put_in_place shutil.rmtree
     model.save_tensors:half_a_file model.put_in_place run.show_groups report.write""".split()]
 PLACES = {  # and what happens there (a kill, unless something else is named)

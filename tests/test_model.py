@@ -228,7 +228,7 @@ def test_export_loads_in_transformers(tmp_path, make_checkpoint, tiny_tokenizer,
             p.mul_(1.01)
     for _ in range(2):  # the second time over the first
         (out / "stale").mkdir(parents=True, exist_ok=True)
-        decoder.export(model, str(base), out, max_bytes)
+        decoder.export(model, str(base), out, max_bytes=max_bytes)
     want = packed_logits(model, [s])[0]
     with torch.no_grad():
         torch.testing.assert_close(reference(out)(s[None]).logits[0], want, atol=1e-4, rtol=0)

@@ -76,7 +76,7 @@ def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["run.load_tokenizer:1:mine", "grading.grade:2:mine",
+@pytest.mark.parametrize("place", ["rollout.load_tokenizer:1:mine", "grading.grade:2:mine",
                                    "checkpoint.save_tensors:1:full", "train_grpo.train_step:1:bug"])
 def test_a_rank_that_fails_tells_why_and_ends_the_others(tmp_path, monkeypatch, tiny_checkpoint, place):
     """At the start, while it grades, in a save, in a step: once, and no other rank shows a traceback."""
