@@ -21,13 +21,14 @@ from tqdm import tqdm
 import config
 import lexicon
 import llm
-from prompts import chat, dump, expert_response, fill_goal, load_turns, spoken
+from prompts import chat, dump, expert_response, fill_goal, load_turns, spoken, turns_file
 from records import (
     InputError,
     Pair,
     Reply,
     Text,
     cli,
+    file_hash,
     is_named,
     lock,
     read_json,
@@ -97,16 +98,21 @@ def written_pairs(turns, source):
     return pairs, left_out
 
 
+def stamp_of(cfg):
+    """What the pairs are made with: the settings, and the turns as they are now."""
+    return config.made_with(cfg, "pairs") | {"turns": file_hash(turns_file(cfg, "train"))}
+
+
 def same_made(cfg):
-    """Were run_dir's pairs made with this config? Pairs made by hand carry no stamp and will do."""
-    made = config.made_with(cfg, "pairs")
+    """Were run_dir's pairs made with this config from these turns? Those made by hand carry no stamp."""
+    made = stamp_of(cfg)
     return read_json(cfg.run_path / "pairs_made.json", made) == made
 
 
 def main():
     cfg = config.load(sys.argv[1:], __doc__)
     lock(cfg.run_path)
-    turns, out = load_turns(cfg, "train"), cfg.run_path / "pairs.jsonl"
+    made, turns, out = stamp_of(cfg), load_turns(cfg, "train"), cfg.run_path / "pairs.jsonl"
     if cfg.llm.writer.model:
         pairs, left_out = written_pairs(turns, llm.open_source("writer", cfg))
     else:
@@ -118,7 +124,7 @@ def main():
         raise InputError(f"{cfg.llm.writer.model or cfg.data.lexicon} gives no pair for any of {len(turns)} "
                          f"turns: see the reasons above")
     write_jsonl(out, pairs)
-    write_json(out.with_name("pairs_made.json"), config.made_with(cfg, "pairs"))
+    write_json(out.with_name("pairs_made.json"), made)
     for pair in pairs[:3]:
         print(f"  {pair.context[-1].content!r} -> {pair.chosen!r} rather than {pair.rejected!r}")
     print(f"wrote {out}: {len(pairs)} pairs of {len(turns)} turns")

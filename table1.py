@@ -57,13 +57,13 @@ def move_aside(run):
 
 
 def stages_of(cfg):
-    """-> the scripts that a row still needs."""
-    stages = ["hindsight.py"]
+    """Yield the scripts that a row still needs. After hindsight.py it is known whether the pairs will do."""
+    yield "hindsight.py"
     if cfg.train.loss == "dpo" and not ((cfg.run_path / "pairs.jsonl").is_file() and same_made(cfg)):
-        stages.append("pairs.py")
+        yield "pairs.py"
     if cfg.train.steps != 0:
-        stages.append(script_of(cfg.train.loss))
-    return [*stages, "eval.py"]
+        yield script_of(cfg.train.loss)
+    yield "eval.py"
 
 
 def run_row(path, overrides, nproc):

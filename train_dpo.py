@@ -116,7 +116,8 @@ def main():
     run = running.start(__doc__, "train_dpo.py")
     cfg, path = run.cfg, run.dir / "pairs.jsonl"
     if not same_made(cfg):
-        raise InputError(f"{path} was made with other settings than this config's: run pairs.py again")
+        raise InputError(f"{path} was made with other settings or from other turns than this config's: run "
+                         "pairs.py again")
     pairs = load_pairs(path, load_turns(cfg, "train"))
     prompts = encode_prompts(run.policy.tokenizer, pairs, cfg)
     trees = running.encode_trees(run, prompts, [[p.turn.chosen, p.turn.rejected] for p in prompts])

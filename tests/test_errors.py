@@ -87,6 +87,15 @@ def lame(*missing, **settings):
 
 
 TURNS, PAIRS = "run/turns/train.jsonl", "run/pairs.jsonl"
+other_turns = rows(TURNS, lambda r: r["context"][0].update(content="rash, cough"))
+
+
+def unknown_turns(folder):
+    """Of pairs made by hand."""
+    remove("run/pairs_made.json")(folder)
+    other_turns(folder)
+
+
 SPOILS = {
     "broken yaml": write("run.yaml", "train: {lr: 1\n  x: ["),
     "yaml list": write("run.yaml", "- a\n"),
@@ -99,7 +108,8 @@ SPOILS = {
     "odd decision": row(TURNS, 1, decision="go"),
     "no expert": row(TURNS, 3, expert=None),
     "stops only": rows(TURNS, lambda r: r["decision"] == "stop"),
-    "other turns": rows(TURNS, lambda r: r["context"][0].update(content="rash, cough")),
+    "other turns": other_turns,
+    "unknown turns": unknown_turns,
     "no tokenizer": lame("tokenizer.json", "tokenizer_config.json"),
     "no weights": lame("model.safetensors"),
     "no end token": lame(eos_token=None),
@@ -162,7 +172,8 @@ dpo  | broken pair      | | pairs.jsonl:3: not valid UTF-8 JSON
 dpo  | no context       | | pairs.jsonl:2: context is missing
 dpo  | nothing rejected | | pairs.jsonl:5: rejected must not be blank
 dpo  | another turn     | | pairs.jsonl:5: turn '44_1' is not among this run's training turns ... pairs.py
-dpo  | other turns      | | pairs.jsonl:1: turn '0_1' is not among this run's training turns ... pairs.py
+dpo  | other turns      | | pairs.jsonl was made with other settings or from other turns ... pairs.py again
+dpo  | unknown turns    | | pairs.jsonl:1: turn '0_1' is not among this run's training turns ... pairs.py
 """  # the trainer, what is done to a good run, overrides, what is said (" ... " leaves words out)
 
 

@@ -166,7 +166,7 @@ def test_the_script(call, refused, capsys, tmp_path, tiny_checkpoint):
 
 def test_pairs_belong_to_the_settings_they_were_made_with(refused, tmp_path, tiny_checkpoint):
     path = make_baseline(tmp_path, tiny_checkpoint, "dpo")
-    assert "made with other settings" in refused(train_dpo, path, "seed=5")
+    assert "made with other settings or from" in refused(train_dpo, path, "seed=5")
 
     def same_made(*changed):
         return pairs.same_made(config.load([str(path), *changed]))
@@ -176,6 +176,16 @@ def test_pairs_belong_to_the_settings_they_were_made_with(refused, tmp_path, tin
         assert not same_made(changed)
     (tmp_path / "run" / "pairs_made.json").unlink()  # made by hand
     assert same_made("seed=5")
+
+
+def test_pairs_of_labels_that_were_corrected_are_refused(call, refused, tmp_path, tiny_checkpoint):
+    """The contexts are the same: what the pairs choose is no longer what the turns say."""
+    path, turns = make_baseline(tmp_path, tiny_checkpoint, "dpo"), coughs_and_rashes()
+    turns[1] |= {"decision": "stop", "target": []}
+    write_lines(tmp_path / "run" / "turns" / "train.jsonl", turns)
+    assert "pairs.jsonl was made with other settings or from other turns" in refused(train_dpo, path)
+    call(pairs, path)
+    assert pairs.same_made(config.load([str(path)]))
 
 
 def test_the_scripts_seed_and_generic_slots_are_the_configs(tmp_path, tiny_checkpoint):

@@ -80,6 +80,15 @@ def test_pairs_that_were_looked_at_are_not_built_again(row):
     assert row("train.loss=dpo", "train.steps_per_sync=1") == ["hindsight.py", "train_dpo.py", "eval.py"]
 
 
+def test_pairs_of_turns_that_hindsight_made_anew_are_built_again(row, monkeypatch):
+    """A row that failed in training, and its logs corrected: whether the pairs will do is asked after
+    hindsight.py."""
+    (row.run / "pairs.jsonl").touch()
+    monkeypatch.setattr(table1, "same_made", lambda cfg: row.ran != ["hindsight.py"])
+    assert row("train.loss=dpo", "train.steps_per_sync=1") == [
+        "hindsight.py", "pairs.py", "train_dpo.py", "eval.py"]
+
+
 def test_an_interrupted_row_goes_on_and_a_finished_one_is_not_run_again(row, capsys):
     row.broken = "train_grpo.py"
     with pytest.raises(InputError, match="train_grpo.py ended with exit code 3.*goes on from here"):
