@@ -35,7 +35,7 @@ import llm
 import logs
 import metrics
 import report
-from prompts import chat, dump, fill_goal, read_turns, spoken
+from prompts import chat, dump, fill_goal, read_turns, spoken, turns_stamp
 from records import (
     STOP,
     InputError,
@@ -551,6 +551,7 @@ def main(argv=None):
     folder = cfg.turns_path
     lock(cfg.run_path)
     lock(folder)
+    stamp = turns_stamp(cfg)  # the logs may grow meanwhile
     extractor = Extractor(cfg)
     for left in folder.glob(".building.*"):  # by a run that was killed
         left.unlink()
@@ -576,7 +577,7 @@ def main(argv=None):
             counts = [n for session_id, n in turns.items() if part[session_id] == name]
             print(f"wrote {path}: {sum(counts)} turns of {len(counts)} sessions")
             files[path.name] = file_hash(path)
-    write_json(folder / "made.json", {**config.made_with(cfg, "turns"), "files": files})
+    write_json(folder / "made.json", {**stamp, "files": files})
     if checks:
         mean = fmean([check["f1"] for check in checks if check["f1"] is not None] or [0])
         alike = sum(check["same_decision"] for check in checks)

@@ -15,6 +15,8 @@ from records import STOP, InputError, Turn, file_hash, read_json, read_records
 
 PROMPTS = {"extractor": "prompts/extractor.md", "grader": "prompts/grader.md",
            "auditor": "prompts/grader.md", "writer": "prompts/rejected.md"}
+FILES = "data.lexicon data.prompt data.prompt_no_stop".split()
+LOGS = "data.logs", "data.eval_logs"
 
 
 # <|im_end|>, </s>, <start_of_turn>, <0x0A>, [INST] and its like, and line ends that JSON does not escape.
@@ -24,10 +26,28 @@ MARKUP = re.compile(r"<(?=[^\W\d]|[/|!?｜]|\d\w*>)|[\x85\u2028\u2029]"
 
 # --------------------------------------------------------------------------------------------- turns of a run
 
+def files_of(made):
+    """{config key: value} -> [(config key, file)] of the files that these keys name.
+
+    A data set of the hub is known by its name alone.
+    """
+    files = [(name, made[name]) for name in FILES if made.get(name)]
+    files += [(name, file) for name in LOGS for file in made.get(name, ()) if not file.startswith("hf:")]
+    return files + [(f"llm.{role}.prompt", made[f"llm.{role}.prompt"] or shipped)
+                    for role, shipped in PROMPTS.items() if made.get(f"llm.{role}.model")]
+
+
+def turns_stamp(cfg):
+    """What turns are made with: the settings, and the content of the files that are on this machine."""
+    made = config.made_with(cfg, "turns")
+    return made | {f"sha256 of {file}": file_hash(file) for _, file in files_of(made) if Path(file).is_file()}
+
+
 def turns_file(cfg, name):
     """The path of NAME.jsonl in data.turns, or run_dir/turns.
 
-    Raises InputError where it is missing, was made with other settings, or is not as hindsight.py left it.
+    Raises InputError where it is missing, was made with other settings or from other files (those that are on
+    this machine are compared), or is not as hindsight.py left it.
     """
     path = cfg.turns_path / f"{name}.jsonl"
     if not path.is_file():
@@ -35,9 +55,10 @@ def turns_file(cfg, name):
         raise InputError(f"{path} does not exist: run hindsight.py with this config first{hint}")
     stamp = path.with_name("made.json")
     made = read_json(stamp, {})  # turns made by hand carry no stamp
-    for key in config.changed(cfg, "turns", made):
-        raise InputError(f"{path.parent} was made with {key}={made[key]!r}, this config has "
-                         f"{config.flatten(cfg)[key]!r}: run hindsight.py with this config again")
+    for key, now in turns_stamp(cfg).items():
+        if made.get(key, now) != now:
+            raise InputError(f"{path.parent} was made with {key}={made[key]!r}, this config has {now!r}: "
+                             "run hindsight.py with this config again")
     if made and made.get("files", {}).get(path.name) != file_hash(path):
         raise InputError(f"{path} is not as hindsight.py left it (edited or interrupted): run it with "
                          f"this config again, or remove {stamp} to use the file as it is")

@@ -22,25 +22,16 @@ import eval as evaluation
 import model as decoder
 import report
 from pairs import same_made
-from prompts import PROMPTS
+from prompts import files_of
 from records import LOCKS, InputError, cli, identity, lock, read_json, write_json
 from run import script_of
-
-FILES = "data.lexicon data.prompt data.prompt_no_stop".split()
-LOGS = "data.logs", "data.eval_logs"
 
 
 def inputs_of(cfg, path):
     """-> {config key: identity of the file} of what a row reads. Raises InputError where one is missing."""
     config.need(cfg, "model.path", "data.logs")
-    flat = config.flatten(cfg)
-    files = [(name, flat[name]) for name in FILES if flat[name]]
-    files += [(name, file) for name in LOGS for file in flat[name]
-              if not file.startswith("hf:")]  # a data set of the hub is known by its name alone
-    files += [(f"llm.{role}.prompt", flat[f"llm.{role}.prompt"] or shipped)
-              for role, shipped in PROMPTS.items() if flat[f"llm.{role}.model"]]
     marks = defaultdict(str)
-    for name, file in files:
+    for name, file in files_of(config.flatten(cfg)):
         if not Path(file).is_file():
             raise InputError(f"{path}: {name}={file} does not exist")
         marks[name] += identity(file)

@@ -308,6 +308,23 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
         "made.json", "train.jsonl", "turns.html"]
 
 
+@pytest.mark.parametrize("changed", ["log.jsonl", "held_out.jsonl", "lexicon.yaml"])
+def test_turns_made_from_files_that_have_changed_are_refused(tmp_path, changed):
+    """Where the files are not on the machine that trains, nothing is compared."""
+    logs, held_out = (write_lines(tmp_path / name, [numbered(i)])
+                      for i, name in enumerate(("log.jsonl", "held_out.jsonl")))
+    (tmp_path / "lexicon.yaml").write_text(THROAT)
+    run(tmp_path, "hindsight.source=rules", logs=logs, eval_logs=held_out,
+        lexicon=str(tmp_path / "lexicon.yaml"))
+    cfg, file = config.load([str(tmp_path / "cfg.yaml"), "hindsight.source=rules"]), tmp_path / changed
+    turns = load_turns(cfg, "train")
+    file.write_text(file.read_text() + "\n")
+    with pytest.raises(InputError, match=f"turns was made with sha256 of {file}=.*: run hindsight.py"):
+        load_turns(cfg, "train")
+    file.unlink()
+    assert load_turns(cfg, "train") == turns
+
+
 def test_summary_counts_everything(tmp_path, capsys):
     unanswered = numbered(8, messages=[*LONG["messages"], message("a Age? / age")])
     logs = write_lines(tmp_path / "log.jsonl", [
@@ -410,8 +427,8 @@ def test_rules_from_the_command_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("killed_at", [1, 2, 3, 4])
 def test_turns_of_two_runs_are_never_mixed(tmp_path, monkeypatch, killed_at):
-    """Killed at a rename (the stamp emptied, two files, the stamp), the run has all the old turns, or none
-    that later stages take. A rerun mends it."""
+    """Killed at a rename (the stamp emptied, two files, the stamp), the run has all the old turns (refused
+    where the logs are new), or none that later stages take. A rerun mends it."""
     logs = write_lines(tmp_path / "log.jsonl", map(numbered, range(9)))
     left, replace = iter(range(1, killed_at)), os.replace
 
@@ -426,15 +443,20 @@ def test_turns_of_two_runs_are_never_mixed(tmp_path, monkeypatch, killed_at):
 
     make = functools.partial(run, tmp_path, logs=logs, valid_sessions=3)
     before = make()
-    logs.write_text(logs.read_text().replace("two days", "a week"))
+    old = logs.read_text()
+    logs.write_text(old.replace("two days", "a week"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", until_killed)
         make()
-    if killed_at == 1:
+    kept = killed_at == 1
+    said = "made with sha256 of" if kept else "train.jsonl (is not as hindsight.py left it|does not exist)"
+    with pytest.raises(InputError, match=said):
+        load()
+    if kept:
+        new = logs.read_text()
+        logs.write_text(old)
         assert load() == before
-    else:
-        with pytest.raises(InputError, match="train.jsonl (is not as hindsight.py left it|does not exist)"):
-            load()
+        logs.write_text(new)
     assert before != make() == load()
 
 

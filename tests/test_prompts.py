@@ -50,6 +50,19 @@ def test_turns_belong_to_the_settings_they_were_made_with(tmp_path):
     assert prompts.load_turns(cfg, "eval") == turns(2)
 
 
+def test_the_files_that_turns_are_made_from():
+    """As far as they lie on a disk: a data set of the hub is known by its name alone."""
+    def files(**flat):
+        return prompts.files_of(config.made_with(make_config(data__lexicon="l.yaml", **flat), "turns"))
+
+    log = ("data.logs", "a.jsonl")
+    assert files(data__logs=["a.jsonl", "hf:o/n:train"]) == [("data.lexicon", "l.yaml"), log]
+    assert files(data__logs=["a.jsonl"], hindsight__source="annotations") == [log]
+    for more, file in ({}, "prompts/extractor.md"), ({"llm__extractor__prompt": "e.md"}, "e.md"):
+        found = files(hindsight__source="llm", llm__extractor__model="m", **more)
+        assert found == [("data.lexicon", "l.yaml"), ("llm.extractor.prompt", file)]
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_long_prompts_are_refused_or_left_out(tiny_tokenizer, monkeypatch, capsys, tmp_path, rank):
     (tmp_path / "prompt.md").write_text("{goal}")

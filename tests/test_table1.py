@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import config
+import prompts
 import table1
 from records import InputError
 from world import REPO, make_world
@@ -125,7 +126,7 @@ def test_a_row_that_asks_models_notices_their_prompts_and_names(row, monkeypatch
     """Also the shipped prompts. Another extractor is another run; how fast it is asked is not."""
     prompt = tmp_path / "mine.md"
     prompt.write_text("{goal} {generic}")
-    monkeypatch.setitem(table1.PROMPTS, "extractor", str(prompt))
+    monkeypatch.setitem(prompts.PROMPTS, "extractor", str(prompt))
     assert row(*ASK) == ALL and row(*ASK) == []
     prompt.write_text("{goal} {generic} better")
     assert row(*ASK) == ALL and row.moved() == 1
