@@ -46,7 +46,10 @@ def cli(main):
 
     Of the ranks of a node that fail alike only the first prints: the others wait a little, until torchrun has
     ended them. A rank that lost another one in a collective waits longest: the other has the reason.
+    A closed stdout is as good as /dev/null. One that is not UTF-8 shows the characters it lacks as escapes.
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         try:
             main()

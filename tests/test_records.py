@@ -208,6 +208,15 @@ def test_what_needs_no_torch_loads_none():
     assert done.stdout == "[]\n", done.stderr
 
 
+@pytest.mark.parametrize("streams", ["", ">&-"])
+def test_a_terminal_that_is_not_utf8_or_is_closed_costs_no_work(tmp_path, streams):
+    script = "import records, tqdm; records.cli(lambda: [print(chr(0x54b3)) for _ in tqdm.tqdm([1])])"
+    line = f"PYTHONIOENCODING=latin-1 {sys.executable} -c '{script}' {streams}"
+    done = subprocess.run(["bash", "-c", line], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0 and "Error" not in done.stderr
+    assert done.stdout == ("" if streams.startswith(">") else "\\u54b3\n")
+
+
 def test_a_reader_that_stops_reading_ends_a_script_quietly():
     """`--help | head` and the like: no traceback, and no exit code of success for what was not printed."""
     script = "import records; records.cli(lambda: print(list(range(10 ** 5))))"
