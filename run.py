@@ -4,7 +4,6 @@ train_grpo.py, train_sft.py and train_dpo.py each hold their own loss and loop a
 turn: start -> (their data) -> load -> for each step: begin_step, optimizer_step, end_step -> finish.
 """
 import functools
-import hashlib
 import math
 import sys
 import time
@@ -27,7 +26,7 @@ import plan
 import report
 from config import Stream
 from prompts import encode_prompts, encode_response, load_turns, turns_file, within_limit
-from records import InputError, lock, sync, write_jsonl
+from records import InputError, file_hash, hash_of, lock, sync, write_jsonl
 from rollout import Policy
 
 MAX_BAD_STEPS = 5  # steps in a row without a finite gradient
@@ -196,7 +195,9 @@ def load(run, size, sources):
         raise InputError(f"{size} examples x {t.epochs} epochs do not fill one step of "
                          f"train.prompts_per_step={t.prompts_per_step}")
     sources = [Path(source) for source in sources if source]
-    run.inputs = hashlib.sha256(b"".join(map(Path.read_bytes, sources))).hexdigest()
+    if t.kl_coef or t.loss == "dpo":  # the base is read at each start, as the reference
+        sources += sorted(run.folder.glob("*.safetensors"))
+    run.inputs = hash_of([*map(file_hash, sources)])
     model = run.policy.model = base_model(run, trainable=True)
     set_layers(model, t.activation_checkpointing, t.compile)
     run.optimizer = torch.optim.AdamW(model.parameters(), lr=t.lr, betas=t.betas, weight_decay=t.weight_decay,

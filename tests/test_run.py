@@ -275,6 +275,22 @@ def test_a_resume_on_other_examples_is_refused(loss, name, train, refused, tmp_p
     assert len(train(SCRIPTS[loss], path, "train.steps=4")) == 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("loss, reads", [("dpo", ""), ("grpo", "train.kl_coef=0.1"), ("grpo", "")])
+def test_a_resume_with_another_base_is_refused_where_it_is_the_reference(
+        loss, reads, train, refused, tmp_path, tiny_checkpoint, marks_checkpoint):
+    shutil.copytree(tiny_checkpoint, tmp_path / "base")
+    path = make_baseline(tmp_path, tmp_path / "base", loss, train__steps=2)
+    how = reads.split()
+    train(SCRIPTS[loss], path, *how)
+    shutil.copy(marks_checkpoint / "model.safetensors", tmp_path / "base")
+    if loss == "dpo" or reads:
+        line = refused(SCRIPTS[loss], path, "train.steps=4", *how)
+        assert "base/model.safetensors" in line and "has changed" in line and "step_000002" in line
+        shutil.copy(tiny_checkpoint / "model.safetensors", tmp_path / "base")
+    assert [m["step"] for m in train(SCRIPTS[loss], path, "train.steps=4", *how)] == [1, 2, 3, 4]
+
+
 def test_a_page_that_cannot_be_made_costs_nothing_else(train, call, capsys, tmp_path, tiny_checkpoint):
     """Export and figures stand, and the exit code says so; one line tells why there is no page."""
     path, run = make_baseline(tmp_path, tiny_checkpoint, "sft", train__steps=1), tmp_path / "run"
