@@ -8,6 +8,7 @@ from the files that hold them.
 """
 import hashlib
 import json
+import re
 import shutil
 from contextlib import suppress
 
@@ -40,7 +41,10 @@ def open_run(cfg, rank):
     """
     run = cfg.run_path
     path = run / "config.yaml"
-    if (all_checkpoints(run) or (run / "metrics.jsonl").is_file()) and path.is_file():
+    if any((run / name).exists() for name in ("checkpoints", "export", "metrics.jsonl")):
+        if not path.is_file():
+            raise InputError(f"{path} is lost: bring it back, or choose another run_dir (what was trained "
+                             "here may have had other settings)")
         old = config.flatten(config.saved(run))
         for name in config.changed(cfg, "training", old):
             raise InputError(f"{run} holds a run with {name}={old[name]!r}, this one has "
@@ -98,7 +102,8 @@ def save(run, step, model, optimizer, inputs, keep):
         write_json(aside / "state.json", {**state, "hash": hash_of(state)})
         put_in_place(aside, out)
         # What is newer was left out by load(): it is none of those kept.
-        for old in [path for path in all_checkpoints(run) if path <= out][:-keep]:
+        found = all_checkpoints(run)
+        for old in found[:found.index(out) + 1][:-keep]:
             shutil.rmtree(old)
     dist.barrier()
 
@@ -136,8 +141,12 @@ def newest(run):
 
 
 def all_checkpoints(run):
-    """The checkpoints in a run folder, the newest last."""
-    return sorted(run.glob("checkpoints/step_*/"))
+    """The checkpoints in a run folder, the newest last. What has another name is a copy, and nobody's.
+
+    put_in_place may have left a .old.
+    """
+    found = [path for path in run.glob("checkpoints/*/") if re.fullmatch(r"step_\d+(\.old)?", path.name)]
+    return sorted(found, key=lambda path: (len(path.stem), path))
 
 
 def shapes_of(model):

@@ -30,6 +30,29 @@ def test_run_dir_of_another_config(tmp_path, begun, name, old, new, free):
     assert free or said in str(error.value)
 
 
+@pytest.mark.parametrize("left", ["checkpoints/step_000002", "export", "metrics.jsonl"])
+def test_a_run_whose_config_is_lost_is_refused(tmp_path, left):
+    (tmp_path / left).mkdir(parents=True)
+    with pytest.raises(InputError, match=f"{tmp_path / 'config.yaml'} is lost: bring it back, or"):
+        checkpoint.open_run(make_config(run_dir=str(tmp_path)), 0)
+
+
+def test_checkpoints_are_numbered(tmp_path):
+    """A copy by another name is nobody's newest; what a killed save had set aside is."""
+    names = "step_000002 step_000004 step_000004.old step_999999 step_1000000".split()
+    for name in *names, "step_best", "step_000003.bak", "step_":
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [path.name for path in checkpoint.all_checkpoints(tmp_path)] == names
+
+
+def test_old_checkpoints_are_removed_by_number(one_rank, folders64, tmp_path):
+    model, optimizer = train_state(folders64[0])
+    for step in (999_998, 999_999, 1_000_000):
+        checkpoint.save(tmp_path, step, model, optimizer, "x", keep=2)
+    assert [path.name for path in checkpoint.all_checkpoints(tmp_path)] == ["step_999999", "step_1000000"]
+    assert checkpoint.load(tmp_path, model, optimizer)[1]["step"] == 1_000_000
+
+
 def train_state(folder):
     """A model and its optimizer after one step."""
     model = load64(folder)

@@ -121,6 +121,9 @@ def test_the_export_is_evaluated_where_there_is_one(run, show, make_checkpoint):
             show(*args)
 
     (folder / "metrics.jsonl").touch()
+    with pytest.raises(InputError, match="config.yaml is lost"):
+        show(*args)
+    config.save(config.load(list(map(str, args))), folder / "config.yaml")
     refuses()
     (folder / "metrics.jsonl").unlink()
     step.mkdir(parents=True)
