@@ -149,7 +149,7 @@ class RoleConfig(Exact):
         "endpoint", "an OpenAI-compatible server, or a checkpoint of your own", ROLE)
     model: str = key(
         "", "the name by which the server knows the model; local: a Hugging Face folder or hub id", ROLE)
-    base_url: str = key("http://localhost:8000/v1", "endpoint: where the server is", "")
+    base_url: str = key("http://localhost:8000/v1", "endpoint: where the server is", "scores")
     api_key_env: str = key("OPENAI_API_KEY", "endpoint: the environment variable that holds the key", "")
     prompt: File = key(
         "", "its instructions; empty: prompts/ROLE.md (auditor: grader.md, writer: rejected.md)", ROLE)
@@ -569,6 +569,7 @@ def made_with(cfg, product):
     idle = {"llm.extractor.": role and cfg.hindsight.source != "llm",
             "llm.grader.": role and cfg.reward.grader != "llm",
             "llm.writer.": not (cfg.llm.writer.model if product == "pairs" else t.loss == "dpo"),
+            "llm.auditor.": True,  # it rewards nothing
             "data.split.": cfg.data.eval_logs,
             "data.lexicon.": product == "turns" and cfg.hindsight.source == "annotations",
             "seed.": product == "turns" and not cfg.data.valid_sessions,

@@ -36,8 +36,7 @@ class Grade(Reply):
 class Reasoned(Grade):
     """A Grade to a prompt that asks for a rationale: it stands first, as a model writes in that order.
 
-    The schema is a part of the cache's key. Grade's is that of earlier versions, so that a rerun without
-    rationales asks nothing again; a prompt that asks for them is another key in any case.
+    The schema is a part of the cache's key: what changes Grade's has every grading asked again.
     """
     rationale: str
 

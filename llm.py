@@ -12,10 +12,10 @@ where Grade is a class derived from records.Reply: it names the fields, checks t
 that is sent. A reply must hold one JSON object that the class accepts. If it does not, the fault is named and
 one more reply is asked for. After that the ask is given up and counted: its result is None, never a silent 0.
 
-Usable replies are kept in a file (llm.cache) by a hash of model, messages, sampling parameters and schema, so
-that a rerun repeats no paid call. Several processes of one machine may share it: what one of them asks a
-server, the others wait for. The key to the server comes from the environment and appears nowhere else: where
-the server sends it back, it reads ***.
+Usable replies are kept in a file (llm.cache) by a hash of server, model, messages, sampling parameters and
+schema, so that a rerun repeats no paid call. Several processes of one machine may share it: what one of them
+asks a server, the others wait for. The key to the server comes from the environment and appears nowhere else:
+where the server sends it back, it reads ***.
 """
 import asyncio
 import fcntl
@@ -211,7 +211,7 @@ class Ask:
         s = source.settings
         self.request = {"model": s.model, "messages": messages, "temperature": s.temperature,
                         "max_tokens": s.max_tokens, "seed": seed}  # as the chat-completions API has it
-        self.what = [self.request, schema_of(reply_class)]  # decides the reply
+        self.what = [s.base_url, self.request, schema_of(reply_class)]  # decides the reply
         source.tally.n["asks"] += 1
 
     def look(self):

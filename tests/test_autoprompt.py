@@ -175,14 +175,15 @@ def test_an_interrupted_search_goes_on(desk, monkeypatch):
 
 
 def test_kept_scores_are_those_of_these_settings(desk):
-    """Another goal, generic list or lexicon scores otherwise: nothing that was kept may be used."""
+    """Another goal, generic list, server or lexicon scores otherwise: nothing that was kept may be used."""
     asked, grader = [], desk.sources["grader"]
     for text, *other in (["a"], ["a"], ["a", "data.goal=another"], ["a", "hindsight.generic=[age]"],
-                         ["a", "llm.grader.concurrency=3", "train.lr=1"], ["b"]):
+                         ["a", "llm.grader.concurrency=3", "llm.auditor.base_url=x", "train.lr=1"],
+                         ["a", "llm.grader.base_url=http://x/v1"], ["b"]):
         (desk.folder / "lex.yaml").write_text(text)
         desk.call("c.yaml", "type=grader", "rounds=1", "candidates=2", "data.lexicon=lex.yaml", *other)
         asked.append(bool(grader.asked))
-    assert asked == [True, False, True, True, False, True]
+    assert asked == [True, False, True, True, False, True, True]
 
 
 def test_what_had_no_usable_reply_is_asked_again(desk, capsys):

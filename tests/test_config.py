@@ -296,7 +296,8 @@ SCORES = set("seed model.path model.dtype data.goal data.lexicon data.long_promp
              "hindsight.many_valued hindsight.end_markers "
              "reward.mode reward.beta reward.grader reward.omega reward.omega_when_wrong reward.wording "
              "rollout.samples rollout.temperature eval.samples eval.temperature eval.top_p".split())
-SCORES |= REFERENCE | role("extractor") | role("grader")
+SCORES |= REFERENCE | role("extractor") | role("grader") | {
+    "llm.extractor.base_url", "llm.grader.base_url"}  # another server may have another model of that name
 # How often to look, where to log, what fits in memory: with others of these a run may go on.
 FREE = set("run_dir data.turns hindsight.sample plan gpus gpu_gib hindsight.self_check hindsight.max_failed "
            "llm.cache reward.audit reward.max_failed rollout.max_rows train.tokens_per_microbatch "

@@ -66,8 +66,8 @@ WITH_REASON = "prompts/grader_rationale.md"
 
 
 def test_a_rationale_is_asked_for_by_the_prompt(serve, source_of):
-    """Then it stands first in a schema that strict servers take. Else the schema is that of earlier versions,
-    so that replies in their caches are found."""
+    """Then it stands first in a schema that strict servers take. Else the schema is as it always was: it is a
+    part of the cache's key."""
     server = serve(record=True)
     why, plain = source_of(server, prompt=WITH_REASON), source_of(server)
     for source, reason in (why, "By the rules: 1."), (plain, ""), (why, "By the rules: 1."):
