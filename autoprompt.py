@@ -15,7 +15,7 @@ rule. Each candidate is scored on the calibration part of the examples:
 Beyond the paper: the examples are split by session, and a candidate becomes the best prompt only if it is
 also better on the held-out half: the 5% quantile of a paired bootstrap is above 0. The three best of a round
 are tried in turn. Two rounds without a better prompt end the search. An unusable reply has the worst score,
-and is asked for again by the next run.
+is counted in a warning, and is asked for again by the next run.
 
 The result goes to prompts/calibrated/TYPE.md, all candidates with scores to run_dir/autoprompt/TYPE.jsonl
 and, as a table, TYPE.md. Scores and replies are kept, so an interrupted search goes on where it was.
@@ -200,7 +200,8 @@ def shown(kind, example, said, cfg):
 def scorer(kind, cfg, match="exact"):
     """-> (score, file of the first prompt, further files that the scores depend on)
 
-    score(prompt, examples) -> (the score of each example, what was said about each)
+    score(prompt, examples) -> (the score of each example, what was said about each: None where no usable
+    reply came)
     """
     if kind == "policy":
         return policy_scorer(cfg), cfg.data.prompt, [model_of(cfg)]
@@ -228,8 +229,10 @@ def match_items(source, said, anchors, scores):
             asked[i] = source.submit(chat(system, pair), Matches, context=len(anchor.items))
     source.drain()
     for i, future in asked.items():
-        if reply := future.result():  # without one the exact match stands
+        if reply := future.result():
             scores[i] = 2 * len(set(reply.matched)) / (len(said[i]) + len(anchors[i].items))
+        else:  # the exact match stands
+            said[i] = None
 
 
 def load_policy(cfg):
@@ -249,8 +252,11 @@ def policy_scorer(cfg):
         graded, scores, said = evaluate(policy, judge, fit, cfg, desc="policy"), [], []
         for turn in turns:
             group = [g for g in graded if g.turn_id == turn.turn_id]
-            scores.append(fmean([g.reward for g in group if g.reward is not None] or [0.0]))
+            given = [g.reward for g in group if g.reward is not None]
+            scores.append(fmean(given or [0.0]))
             said.append([g.response for g in group] or ["(the prompt is too long)"])
+            if len(given) < len(group):
+                said[-1] = None
         return scores, said
 
     return score
@@ -276,7 +282,7 @@ class Candidate:
 def kept_scores(score, path, made):
     """score() that computes nothing twice: what it gives is kept in a file, by all that it depends on.
 
-    Scores with an example that had no usable reply are not kept: the fault may be the server's, of one day.
+    Scores with an example that lacked a usable reply are not kept: the fault may be the server's, of one day.
     """
     cache = llm.Cache(path)
 
@@ -286,7 +292,10 @@ def kept_scores(score, path, made):
         if kept is None:
             found = score(prompt, examples)
             kept = json.dumps(found)
-            if None not in found[1]:
+            if missing := found[1].count(None):
+                print(f"warning: {missing} of {len(examples)} examples lacked a usable reply, on which may "
+                      "hang what is accepted; these scores are not kept: run it again")
+            else:
                 cache.put(what, kept)
         return json.loads(kept)
 

@@ -2,6 +2,7 @@
 sources in this process whose competence follows the rules that a prompt states."""
 import json
 import random
+import re
 import sqlite3
 import sys
 from concurrent.futures import Future
@@ -195,9 +196,14 @@ def test_what_had_no_usable_reply_is_asked_again(desk, capsys):
     grader.reply = lambda messages, seed: grade(messages, seed) if len(grader.asked) % 3 else {}
     desk.call(*args)
     assert desk.ledger() != clean
+    told = capsys.readouterr().out
+    lost = re.findall(r"^warning: (\d+) of (\d+) examples lacked .* run it again$", told, re.M)
+    assert len(lost) > 3 and all(0.3 < int(n) / int(of) < 0.4 for n, of in lost)
     grader.reply = grade
     desk.call(*args)
-    assert grader.asked and desk.ledger() == clean and "grader: 0 asks: 0 answered" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert grader.asked and desk.ledger() == clean and "grader: 0 asks: 0 answered" in told
+    assert "warning" not in told
 
 
 # -------------------------------------------------------------------------------------------------- the parts
@@ -276,7 +282,7 @@ def test_extractor_scores(desk):
     told = autoprompt.shown("extractor", examples[0], [], cfg)["conversation"]
     assert [line["text"] for line in told] == ["cough", "Since when?", "two days"]  # as it was read
     matched = [1, 3]  # there is no third: exact match decides
-    assert by_model("a", examples)[0] == [pytest.approx(2 / 3)]
+    assert by_model("a", examples) == ([pytest.approx(2 / 3)], [None])  # and is not kept
 
 
 def test_a_policy_prompt_must_keep_goal_and_marker(desk):
@@ -306,6 +312,10 @@ def test_policy_scores(tmp_path, monkeypatch, tiny_checkpoint, one_rank):
     scores, said = score(autoprompt.load_prompt(file), turns)
     assert all(s >= 0 for s in scores) and [len(group) for group in said] == [cfg.eval.samples] * 3
     assert score("Goal {goal}. " * 9999, turns) == ([0.0] * 3, [["(the prompt is too long)"]] * 3)
+    graded = [SimpleNamespace(turn_id=t.turn_id, response="x", reward=r) for t in turns for r in (1.0, 2.0)]
+    graded[2].reward = graded[4].reward = graded[5].reward = None  # the grader was down: not kept
+    monkeypatch.setattr(autoprompt, "evaluate", lambda *_, **how: graded)
+    assert score("{goal}", turns) == ([1.5, 2.0, 0.0], [["x", "x"], None, None])
 
 
 # -------------------------------------------------------------------------------------------- margin, anchors
