@@ -194,8 +194,9 @@ class RewardConfig(Exact):
 
 class RolloutConfig(Exact):
     samples: PositiveInt = key(5, "responses per prompt (the group size G)", "training scores")
-    temperature: PositiveFloat = key(
-        1.0, "sampling temperature in training; the loss scores the same distribution", "training scores")
+    temperature: float = key(
+        1.0, "sampling temperature in training; the loss scores the same distribution", "training scores",
+        ge=0.01)
     max_prompt_tokens: PositiveInt = key(2048, "longest prompt", "training scores reference")
     max_new_tokens: PositiveInt = key(
         1024, "longest response; one that reaches it is cut off and trained on as it stands",
@@ -259,8 +260,8 @@ TrainConfig = create_model("TrainConfig", __base__=TrainKeys, **{"from": (File, 
 
 class EvalConfig(Exact):
     samples: PositiveInt = key(3, "responses per prompt", "scores")
-    temperature: PositiveFloat = key(1.0, "sampling temperature; greedy figures are always printed beside",
-                                "scores")
+    temperature: float = key(
+        1.0, "sampling temperature; greedy figures are always printed beside", "scores", ge=0.01)
     top_p: float = key(1.0, "nucleus of the evaluation's sampling", "scores", gt=0, le=1)
 
 

@@ -521,8 +521,8 @@ def arguments():
     a = p.parse_args()
     bounds = {
         "samples": a.samples > 0,
-        "max_new_tokens": a.max_new_tokens > 0,
-        "temperature": 0 < a.temperature < math.inf,
+        "max_new_tokens": 0 < a.max_new_tokens <= 1_000_000,
+        "temperature": 0.01 <= a.temperature < math.inf,
         "top_p": 0 < a.top_p <= 1,
         "max_rows": a.max_rows >= a.samples,
         "seed": a.seed >= 0}

@@ -142,7 +142,9 @@ trian: {lr: 1}                | unknown key 'trian'; did you mean 'train'
 xyzzy: 1                      | unknown key 'xyzzy'; --help
 model: {dtype: f32}           | 'bfloat16' or 'float64', not 'f32'; did you mean 'float32'?
 eval: {top_p: 1.5}            | eval.top_p must be at most 1,
-rollout: {temperature: 0}     | rollout.temperature must be above 0
+rollout: {temperature: 0}     | rollout.temperature must be at least 0.01, not 0
+rollout: {temperature: 1e-40} | rollout.temperature must be at least 0.01, not 1e-40
+eval: {temperature: 1e-40}    | eval.temperature must be at least 0.01, not 1e-40
 rollout: {samples: 9, max_rows: 8} | rollout.max_rows=8 cannot hold one group of rollout.samples=9
 rollout: {samples: 1}         | rollout.samples=1 teaches grpo nothing ... set 2 or more
 seed: 1; seed: 2              | c.yaml ... 'seed' stands twice below line 1

@@ -237,6 +237,8 @@ GOOD ; {"messages": []} | | prompts.jsonl:2: ... messages is empty
 GOOD | --samples 0                 | --samples 0 is out of range
 GOOD | --max-new-tokens 0          | --max-new-tokens 0 is out of range
 GOOD | --temperature 0             | --temperature 0.0 is out of range
+GOOD | --temperature 1e-40         | --temperature 1e-40 is out of range
+GOOD | --max-new-tokens 1000000000000 | --max-new-tokens 1000000000000 is out of range
 GOOD | --temperature nan           | --temperature nan is out of range
 GOOD | --temperature inf           | --temperature inf is out of range
 GOOD | --temperature -1            | --temperature -1.0 is out of range
