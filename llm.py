@@ -282,8 +282,9 @@ class Endpoint:
         if not re.fullmatch("[ -~]*", key):
             raise InputError(f"llm.{role}.api_key_env: ${settings.api_key_env} holds a character "
                              "that no header can carry: set it to the key alone")
-        # What a server sends back may hold the key, however JSON escapes it. One of a few characters is none.
-        forms = "".join(rf"\\{{0,9}}({re.escape(c)}|u{ord(c):04x})" for c in key)
+        # What a server sends back may hold the key, however JSON or a URL escapes it. One of a few characters
+        # is none.
+        forms = "".join(rf"\\{{0,9}}({re.escape(c)}|u{ord(c):04x}|%(25)*{ord(c):02x})" for c in key)
         self.key = re.compile(forms if len(key) > 7 else "(?!)", re.I)
         http = openai.DefaultAsyncHttpxClient(timeout=None)
         http.send = functools.partial(whole, http.send, settings.timeout_s)

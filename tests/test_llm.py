@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import pytest
 from pydantic import field_validator
@@ -239,13 +240,13 @@ def test_a_key_that_no_header_can_carry(key, monkeypatch, serve, source_of):
 
 
 @pytest.mark.parametrize("said", ["K", '"K', "K J", '{"K": 1}',
-                                  '{"score": 1, "questions": 1, "rationale": "K J L"}'])
+                                  '{"score": 1, "questions": 1, "rationale": "K J L M N"}', "M", "N"])
 def test_a_key_that_comes_back_is_kept_nowhere(said, tmp_path, monkeypatch, capfd, serve, source_of):
-    """However JSON escapes it, in a reply or an answer of another form."""
+    """However JSON or a URL escapes it, in a reply or an answer of another form."""
     key = "sk-ca/na+ry=0123"
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    escaped = key.replace("/", "\\/"), key.replace("+", "\\u002B")
-    for name, form in zip("KJL", (key, *escaped)):
+    escaped = key.replace("/", "\\/"), key.replace("+", "\\u002B"), quote(key, ""), quote(key).lower()
+    for name, form in zip("KJLMN", (key, *escaped)):
         said = said.replace(name, form)
     told = ""
     for fault in "text", "echo", "echo only", "headers":
