@@ -404,6 +404,8 @@ class Dumper(yaml.SafeDumper):
     """Writes it: the text "5e-7" gets quotes."""
 
 
+# In YAML 1.1 010 is 8 and 1:30 is 90. Nobody means that: they are refused.
+Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value, 0))
 for kind in (Loader, Dumper):
     kind.add_implicit_resolver("tag:yaml.org,2002:float",
                                re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), None)

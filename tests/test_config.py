@@ -109,6 +109,7 @@ data: {goal: null}               | data.goal=                | ""
 data: {goal: 'why: a = b?'}      | data.goal=why: a = b?     | "why: a = b?"
 model: {path: '123'}             | model.path=123            | "123"
 seed: 4                          | seed=4                    | 4
+seed: 0x1F                       | seed=3_1                  | 31
 """
 
 
@@ -166,6 +167,10 @@ train.lr=[                    | the value of train.lr: not valid YAML
 train.steps=many              | command line: train.steps must be a whole number, not 'many'
 train.lr=null                 | train.lr must be a number
 seed: 2026-02-30              | c.yaml: not valid YAML: line 2: '2026-02-30' (day is out of range for month)
+seed: 010                     | c.yaml: not valid YAML: line 2: '010' (
+seed=-010                     | command line: the value of seed: not valid YAML: line 1: '-010'
+train: {steps: 1:30}          | c.yaml: not valid YAML: line 2: '1:30' (
+train: {lr: 190:20:30}         | c.yaml: not valid YAML: line 2: '190:20:30' (
 seed: 0x_                     | c.yaml: not valid YAML: line 2: '0x_'
 seed: !!bool x                | c.yaml: not valid YAML: line 2: 'x'
 seed: !!timestamp x           | c.yaml: not valid YAML: line 2: 'x'
