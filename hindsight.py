@@ -496,7 +496,7 @@ def strangest(turns):
         why = f"s* is {turn.decision}, the expert asks {'on' if asks_on else 'nothing'}"
         if asks_on != (turn.decision == "continue") and list(strange.values()).count(why) < STRANGE:
             strange[turn.turn_id] = why
-            print(f"  strange: {turn.turn_id}: {why}: {shorten(turn.context[-1].content)} "
+            print(f"  strange: {turn.turn_id!r}: {why}: {shorten(turn.context[-1].content)} "
                   f"-> {shorten(turn.expert)}, I* {turn.target}")
     return strange
 

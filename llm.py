@@ -362,7 +362,7 @@ class Endpoint:
         """Note an error of the client. -> None; raises Unanswered where it is the end."""
         s, status = self.settings, getattr(error, "status_code", None)
         told = self.key.sub("***", f"{type(error).__name__}: {error}")
-        self.tally.why = " ".join(told.split())[:300]
+        self.tally.why = re.sub(r"[\s\0-\x1f\x7f-\x9f]+", " ", told)[:300]
         self.in_a_row += status not in REFUSED
         if status in DENIED or self.in_a_row >= GIVE_UP:
             raise Unanswered(f"llm.{self.role} at {s.base_url} ({s.model}, key from ${s.api_key_env}): "

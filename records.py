@@ -64,8 +64,8 @@ def cli(main):
             for bar in list(getattr(tqdm, "_instances", ())):  # else the line would stand amid the bars
                 bar.close()
             time.sleep(2 * int(os.environ.get("LOCAL_RANK", 0)) + 5 * lost)
-            why = "another process of this run has ended, for the reason that it tells"
-            print("error:", why if lost else error, file=sys.stderr)
+            told = "another process of this run has ended, for the reason that it tells" if lost else error
+            print(re.sub(r"[\0-\b\v-\x1f\x7f-\x9f]", "\ufffd", f"error: {told}"), file=sys.stderr)
             sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: started again, a training run goes on from its last checkpoint", file=sys.stderr)
@@ -99,7 +99,8 @@ def explain(error):
     """
     fault = error.errors(include_url=False)[0]
     kind, given, context = fault["type"], fault["input"], fault.get("ctx", {})
-    where = " ".join(".".join(map(str, fault["loc"])).split())  # a slot's name may hold line ends
+    # A slot's name may hold line ends, or what a terminal obeys.
+    where = re.sub(r"[\s\0-\x1f\x7f-\x9f]+", " ", ".".join(map(str, fault["loc"])))
     if kind == "missing":
         return f"{where} is missing"
     if kind == "extra_forbidden":
@@ -276,8 +277,11 @@ def normal(text):
 
 
 def slot_key(slot):
-    """A slot's name as it is compared: "Code_Type ", "code:type" and "code type" are one."""
-    return normal(re.sub("[_:]", " ", str(slot)))
+    """A slot's name as it is compared and shown: "Code_Type ", "code:type" and "code type" are one.
+
+    Control characters count as blanks: a terminal would obey them.
+    """
+    return normal(re.sub(r"[_:\0-\x1f\x7f-\x9f]", " ", str(slot)))
 
 
 def is_named(slot, names):

@@ -284,6 +284,19 @@ def test_a_colon_in_a_slot_is_a_blank_wherever_it_stands(tmp_path, capsys):
     assert "| home city |        1 |         1 |" in out
 
 
+def test_no_control_character_of_a_log_reaches_the_terminal(tmp_path, capsys):
+    """Names of slots and ids of sessions may hold what a terminal obeys (clear the screen, set the title)."""
+    odd, asked = "\x1b[2J\x9b1m \x1b]0;x\x07", "\x1b[31mcity\x7f"
+    said = [message("u Hi"), {"role": "assistant", "content": "Hm.", "asks": [asked]},
+            {"role": "user", "content": "Rome", "learned": {"city": "Rome", f"a{odd}": 1}}]
+    bad = numbered(2, messages=[{"role": "user", "content": "x", "learned": {"\x1b:\x9b": 1}}])
+    run(tmp_path, logs=write_lines(tmp_path / "log.jsonl", [numbered(f"s{odd}", messages=said), bad]))
+    out = capsys.readouterr().out
+    assert "strange: 's\\x1b[2J\\x9b1m" in out and "| a [2j 1m ]0;x" in out and "asked for: a [2j" in out
+    assert "set aside: messages.0.learned. : .[key] must not be blank" in out
+    assert out.isascii() and out.replace("\n", "").isprintable()
+
+
 def test_names_that_are_no_slots_are_told(tmp_path, capsys):
     logs = write_lines(tmp_path / "log.jsonl", [numbered(1)])
     run(tmp_path, "hindsight.generic=[other, smell]", "hindsight.many_valued=[symptm, Symptom]", logs=logs)

@@ -260,6 +260,12 @@ def test_a_key_that_comes_back_is_kept_nowhere(said, tmp_path, monkeypatch, capf
         assert form not in told and form.replace("\\", "\\\\") not in told
 
 
+def test_what_a_server_says_is_told_without_control_characters(source_of):
+    source = source_of("http://x/v1")
+    source.unanswered(ValueError("\x1b[2J a\nb\x9bc"))
+    assert source.tally.why == "ValueError: [2J a b c" and source.tally.why in llm.report(source)
+
+
 # ------------------------------------------------------------------------------------------------- the cache
 
 def test_the_cache(tmp_path, serve, source_of):

@@ -163,6 +163,15 @@ def test_library_errors_about_files_are_one_line(capsys):
     assert end.value.code == 2 and capsys.readouterr().err.startswith("error: Error while serializing: I/O ")
 
 
+def test_an_error_shows_no_control_character(capsys):
+    def bad():
+        raise InputError("turn \x1b]0;x\x07\x9b2J_1: bad")
+
+    with pytest.raises(SystemExit):
+        records.cli(bad)
+    assert capsys.readouterr().err == "error: turn \ufffd]0;x\ufffd\ufffd2J_1: bad\n"
+
+
 def test_an_error_does_not_stand_amid_a_progress_bar(capsys, monkeypatch):
     """One line and exit code 2; other ranks of a node say it later, when torchrun should have ended them."""
     def main():
