@@ -46,7 +46,7 @@ def open_run(cfg, rank):
             raise InputError(f"{path} is lost: bring it back, or choose another run_dir (what was trained "
                              "here may have had other settings)")
         old = config.flatten(config.saved(run))
-        for name in config.changed(cfg, "training", old):
+        for name in config.changed(config.made_with(cfg, "training"), old):
             raise InputError(f"{run} holds a run with {name}={old[name]!r}, this one has "
                              f"{config.flatten(cfg)[name]!r}: choose another run_dir (train.from={run} "
                              "goes on from its weights, if model.path is the same), or remove the folder")

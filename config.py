@@ -6,7 +6,7 @@ Unknown keys are refused with the nearest right one, values are checked on load,
 in a YAML are relative to the folder in which the script starts. `--help` lists every key.
 
 Each key also declares what it affects, so there is one answer to "was this made with these settings?":
-`made_with(cfg, product)` is the stamp of a product, `changed(cfg, product, made)` compares. The products:
+`made_with(cfg, product)` is the stamp of a product, `changed(now, made)` compares two stamps. The products:
 
     turns      the turns that hindsight.py writes         pairs   the preference pairs of pairs.py
     training   the weights of a run and its checkpoints   scores  the scores that Auto-Prompt keeps
@@ -583,6 +583,6 @@ def made_with(cfg, product):
             if product in AFFECTS[name] and not f"{name}.".startswith(without)}
 
 
-def changed(cfg, product, made):
-    """Names of the keys whose value differs from those a product was made with. made: {dotted key: value}."""
-    return [name for name, value in made_with(cfg, product).items() if made.get(name, value) != value]
+def changed(now, made):
+    """Names of the keys of a stamp whose value differs from that in an older one, where that has the key."""
+    return [name for name, value in now.items() if made.get(name, value) != value]

@@ -55,10 +55,10 @@ def turns_file(cfg, name):
         raise InputError(f"{path} does not exist: run hindsight.py with this config first{hint}")
     stamp = path.with_name("made.json")
     made = read_json(stamp, {})  # turns made by hand carry no stamp
-    for key, now in turns_stamp(cfg).items():
-        if made.get(key, now) != now:
-            raise InputError(f"{path.parent} was made with {key}={made[key]!r}, this config has {now!r}: "
-                             "run hindsight.py with this config again")
+    now = turns_stamp(cfg)
+    for key in config.changed(now, made):
+        raise InputError(f"{path.parent} was made with {key}={made[key]!r}, this config has {now[key]!r}: "
+                         "run hindsight.py with this config again")
     if made and made.get("files", {}).get(path.name) != file_hash(path):
         raise InputError(f"{path} is not as hindsight.py left it (edited or interrupted): run it with "
                          f"this config again, or remove {stamp} to use the file as it is")

@@ -70,8 +70,8 @@ def run_row(path, overrides, nproc):
     if have == want:
         print(f"=== {run}: finished before, not run again")
         return run
-    names = config.changed(cfg, "training", have["config"]) + [
-        name for name, mark in want["inputs"].items() if have["inputs"].get(name, mark) != mark]
+    names = config.changed(config.made_with(cfg, "training"), have["config"])
+    names += config.changed(want["inputs"], have["inputs"])
     if names and (run / "metrics.jsonl").is_file():
         lock(run)  # a trainer may have outlived its table1.py
         LOCKS.pop(run / ".lock").close()

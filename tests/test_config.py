@@ -344,9 +344,9 @@ def test_what_each_product_is_made_with(tmp_path, product, overrides, keys):
     cfg = load(tmp_path, "", *overrides)
     made, flat = config.made_with(cfg, product), config.flatten(cfg)
     assert made == {name: flat[name] for name in made} and set(made) == keys
-    assert config.changed(cfg, product, made) == [] == config.changed(cfg, product, {})  # {}: made by hand
+    assert config.changed(made, made) == [] == config.changed(made, {})  # {}: made by hand
     for name, value in flat.items():
-        assert config.changed(cfg, product, flat | {name: another(name, value)}) == [name] * (name in keys)
+        assert config.changed(made, flat | {name: another(name, value)}) == [name] * (name in keys)
 
 
 def test_every_key_declares_what_it_affects():
