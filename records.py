@@ -462,7 +462,7 @@ def lock(folder, name=".lock"):
     if path in LOCKS:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    f = open(path, "a")
+    f = open(path, "a+")
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,6 +1,7 @@
 """records.py: what a line may hold, what is said of a fault, files read and written whole."""
 import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -155,6 +156,14 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
     records.lock(tmp_path)
     told = f"warning: {tmp_path / '.lock'} cannot be locked ([Errno 95] Operation not supported): see that no"
     assert capsys.readouterr().out.startswith(told)
+
+
+def test_a_lock_that_is_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / ".lock")  # opened to write alone, it would wait for a reader
+    command = f"import records; records.cli(lambda: records.lock({str(tmp_path)!r}))"
+    command = [sys.executable, "-c", command]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, "error: File or stream is not seekable.\n")
 
 
 def test_library_errors_about_files_are_one_line(capsys):
