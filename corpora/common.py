@@ -1,5 +1,6 @@
 """What the readers of public corpora share: finding and reading the files, refusing them, writing the log."""
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def convert(corpus, read):
         raise InputError(f"usage: python -m corpora.{corpus} FOLDER out.jsonl")
     folder, out = sys.argv[1:]
     rows = []
-    for path in sorted(Path(folder).resolve().rglob("*[0-9].json")):
+    for path in sorted(Path(os.path.realpath(folder)).rglob("*[0-9].json")):
         try:
             rows += map(cut, read(path, json.loads(path.read_bytes())))
         except Exception as error:  # no JSON, a key that is missing, a list where an object should be, ...

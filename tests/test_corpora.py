@@ -264,3 +264,9 @@ def test_missing_acts(refused, woz_folder, tmp_path):
     error = refused(multiwoz, tmp_path / "corpus", tmp_path / "out.jsonl")
     assert "dialogues_001.json is not as multiwoz was published" in error
     assert "No such file" in error and "corpus/dialog_acts.json" in error
+
+
+def test_a_folder_that_leads_to_itself(refused, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    assert "loop: none of 0 sessions asks or reveals anything" in refused(
+        star, tmp_path / "loop", tmp_path / "out.jsonl")
