@@ -11,11 +11,12 @@ from world import read_lines
 
 pytestmark = [pytest.mark.soak, pytest.mark.slow]  # the short form is slow too
 COMMON = "os.replace os.fsync".split()
-TRAINING = [*COMMON, *"""rollout.load_tokenizer run.base_model run.optimizer_step checkpoint.Log.write:half_a_line
+TRAINING = [*COMMON, *"""rollout.load_tokenizer run.base_model run.optimizer_step
+    checkpoint.Log.write:half_a_line
     checkpoint.save checkpoint.save_tensors:half_a_file checkpoint.put_in_place shutil.rmtree
     model.save_tensors:half_a_file model.put_in_place run.show_groups report.write""".split()]
 PLACES = {  # and what happens there (a kill, unless something else is named)
-    "train_sft": TRAINING, "train_dpo": [*TRAINING, "train_dpo.compute_reference"],
+    "train_sft": TRAINING, "train_dpo": [*TRAINING, "train_dpo.reference_logprobs"],
     "train_grpo": [*TRAINING, "grading.grade", "train_grpo.prepare"], "pairs": [*COMMON, "pairs.write_json"],
     "eval": [*COMMON, *"eval.load_policy grading.grade eval.write_jsonl eval.write_json".split()],
     "hindsight": [*COMMON, *"""llm.Cache.put hindsight.build_turns hindsight.write_json
