@@ -197,7 +197,8 @@ def load(run, size, sources):
     sources = [Path(source) for source in sources if source]
     if t.kl_coef or t.loss == "dpo":  # the base is read at each start, as the reference
         sources += sorted(run.folder.glob("*.safetensors"))
-    run.inputs = hash_of([*map(file_hash, sources)])
+    content = hash_of([*map(file_hash, sources)]) if run.rank == 0 else None  # once: weights are large
+    run.inputs = parallel.all_gather(content)[0]
     model = run.policy.model = base_model(run, trainable=True)
     set_layers(model, t.activation_checkpointing, t.compile)
     run.optimizer = torch.optim.AdamW(model.parameters(), lr=t.lr, betas=t.betas, weight_decay=t.weight_decay,
