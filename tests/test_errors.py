@@ -1,5 +1,6 @@
 """What a user may get wrong on the command line: each ends in one line with the place, fault and way out."""
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,24 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path, tiny_checkpoint, command
                          ids=lambda script: script.__name__)
 def test_a_config_that_is_not_there(refused, script):
     assert refused(script, "none.yaml") == "error: no such config: none.yaml"
+
+
+@pytest.mark.parametrize("command, said", [
+    ("world --out FILE", "Not a directory"), ("world --out=", "--out is empty: name a folder"),
+    ("anchors --config none.yaml --world FILE --out FILE", "no such config: none.yaml"),
+    ("llm_server --lexicon none.yaml", "lexicon none.yaml"),
+    ("llm_server --lexicon LEXICON --port 99999", "--port 99999 is none"),
+    ("llm_server --lexicon LEXICON --port TAKEN", "Address already in use")])
+def test_the_toys_commands(capsys, monkeypatch, tmp_path, serve, lexicon_file, command, said):
+    known = {"FILE": tmp_path / "file", "LEXICON": lexicon_file, "TAKEN": serve().server_port}
+    (tmp_path / "file").touch()
+    script, *arguments = command.split()
+    monkeypatch.setattr(sys, "argv", [script, *(str(known.get(word, word)) for word in arguments)])
+    monkeypatch.delitem(sys.modules, f"toy.{script}", raising=False)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"toy.{script}", run_name="__main__")
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and said in error and error.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------- what spoils a good run

@@ -12,7 +12,7 @@ import lexicon
 import toy.world as toy
 from config import HindsightConfig
 from prompts import encode_prompt, load_prompt, load_tokenizer
-from records import STOP
+from records import STOP, InputError
 from world import read_lines
 
 
@@ -62,6 +62,15 @@ def test_same_seed_same_bytes_and_a_rerun_returns_at_once(world, tmp_path, capsy
     assert (again / "base" / "model.safetensors").stat().st_mtime_ns == written
     (again / "test.jsonl").unlink()  # something is missing: made again, the same
     assert files(make(again)) == files(world)
+
+
+def test_a_library_that_cannot_write_is_told(tmp_path, monkeypatch):
+    def full(*_):
+        raise Exception("File too large (os error 27)")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
+    with pytest.raises(InputError, match=r"base cannot be written \(File too large"):
+        make(tmp_path / "world")
 
 
 def test_another_seed_and_the_other_split_give_other_logs():

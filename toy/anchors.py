@@ -15,7 +15,7 @@ import config
 import hindsight
 import lexicon
 import reward
-from records import read_jsonl, write_jsonl
+from records import cli, read_jsonl, write_jsonl
 from toy import world
 
 
@@ -48,4 +48,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -30,7 +30,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import lexicon
-from records import explain
+from records import InputError, cli, explain
 
 # What a prompt must say (in lower case, white space collapsed) for a competence; a sentence that says it.
 RULES = {
@@ -490,6 +490,8 @@ def main():
     p.add_argument("--noise", type=float, default=0.0, help="share of replies that vary with the seed")
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
+    if not 0 <= a.port < 2 ** 16:
+        raise InputError(f"--port {a.port} is none: they end at 65535")
     with Server(a.lexicon, a.port, faults=a.faults, noise=a.noise, seed=a.seed) as server:
         print(f"serving model toy at {server.url}", flush=True)
         try:
@@ -499,4 +501,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

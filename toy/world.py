@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import model as decoder
 from prompts import load_prompt
-from records import STOP, write_json, write_jsonl, write_text
+from records import STOP, InputError, cli, write_json, write_jsonl, write_text
 
 POLICY_PROMPT = Path(__file__).resolve().parent.parent / "prompts" / "policy_toy.md"
 GOAL = "Know enough to advise."
@@ -748,7 +748,10 @@ def next_token_loss(model, documents):
 def train_base(docs, tokenizer, folder, seed, steps=None, shape=SHAPE):
     """One pass of next-token loss on the assistant's words and, lightly, the user's. Writes the folder."""
     torch.set_num_threads(1)  # matrices this small lose more to a second thread than they gain (NOTES.md)
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # of a library that has no kinds of them: a full disk, say
+        raise InputError(f"{folder} cannot be written ({error})")
     write_json(folder / "config.json", {**shape, "vocab_size": len(tokenizer),
                                         "eos_token_id": tokenizer.eos_token_id,
                                         "pad_token_id": tokenizer.pad_token_id})
@@ -816,8 +819,10 @@ def main():
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not args.out:
+        raise InputError("--out is empty: name a folder")
     make(args.out, args.seed)
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)
