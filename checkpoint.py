@@ -41,7 +41,7 @@ def open_run(cfg, rank):
     """
     run = cfg.run_path
     path = run / "config.yaml"
-    if any((run / name).exists() for name in ("checkpoints", "export", "metrics.jsonl")):
+    if all_checkpoints(run) or (run / "export").exists() or (run / "metrics.jsonl").exists():
         if not path.is_file():
             raise InputError(f"{path} is lost: bring it back, or choose another run_dir (what was trained "
                              "here may have had other settings)")
