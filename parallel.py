@@ -51,24 +51,31 @@ def compute_dtype(name, device):
     return getattr(torch, name)
 
 
-def load_sharded(folder, device, dtype, trainable=True):
-    """A checkpoint folder into FSDP2 shards: each rank reads only its own rows, none holds the whole model.
+def shard(model, mesh, dtype, trainable=True):
+    """Split a model's weights over the ranks by FSDP2, layer by layer.
 
-    Trainable: master weights of at least float32, computing in `dtype`. Gradients are SUMMED over ranks: the
-    losses carry global denominators, so FSDP's own averaging is undone. Not trainable (a KL reference):
-    weights in `dtype`.
+    It computes in `dtype`. Gradients are SUMMED over ranks: the losses carry global denominators, so FSDP's
+    own averaging is undone.
     """
-    with torch.device("meta"):
-        model = decoder.Decoder(decoder.read_shape(folder))
-    master = torch.promote_types(dtype, torch.float32) if trainable else dtype
-    model = model.to(master).requires_grad_(trainable)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    master = model.model.norm.weight.dtype
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=master, cast_forward_inputs=False)
     reshard = None if trainable else True  # True: without a backward pass even the root can be let go
     for module in [*model.model.layers, model]:
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def load_sharded(folder, device, dtype, trainable=True):
+    """A checkpoint folder into shards: each rank reads only its own rows, none holds the whole model.
+
+    Trainable: master weights of at least float32. Not trainable (a KL reference): weights in `dtype`.
+    """
+    with torch.device("meta"):
+        model = decoder.Decoder(decoder.read_shape(folder))
+    master = torch.promote_types(dtype, torch.float32) if trainable else dtype
+    model = model.to(master).requires_grad_(trainable)
+    shard(model, init_device_mesh(device.type, (dist.get_world_size(),)), dtype, trainable)
     model.to_empty(device=device)
     return decoder.load_weights(model, folder)
 

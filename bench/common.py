@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+import model as decoder
+
 OPTIONS = {  # name: (default, help)
     "prompt": (600, "prompt tokens"),
     "response": (48, "response tokens, all of them sampled"),
@@ -22,6 +24,14 @@ OPTIONS = {  # name: (default, help)
     "vocab": (2048, "vocabulary"),
     "pairs": (5, "interleaved runs of ours and the peer's"),
 }
+
+SHAPES = {  # config.json of Qwen2.5-Instruct
+    "3b": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+               num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
+    "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+               num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False),
+    "32b": dict(hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40,
+                num_key_value_heads=8, vocab_size=152064, tie_word_embeddings=False)}
 
 
 def arguments(doc, **extra):
@@ -59,7 +69,7 @@ def checkpoint(a):
     from transformers import AutoConfig, AutoModelForCausalLM
     torch.manual_seed(0)
     if a.model:
-        config = AutoConfig.from_pretrained(a.model)
+        config = config_of(a.model)
         a.hidden = config.hidden_size  # for the JSON line
         a.layers = config.num_hidden_layers
         a.vocab = config.vocab_size
@@ -77,6 +87,21 @@ def checkpoint(a):
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def config_of(name):
+    """A name in SHAPES, or a folder with a config.json -> transformers' config. It needs no network."""
+    from transformers import AutoConfig
+    if name in SHAPES:
+        return AutoConfig.for_model("qwen2", max_position_embeddings=32768, rope_theta=1e6, **SHAPES[name])
+    return AutoConfig.from_pretrained(name)
+
+
+def read_shape(name):
+    """The same -> model.Shape."""
+    with tempfile.TemporaryDirectory() as folder:
+        config_of(name).save_pretrained(folder)
+        return decoder.read_shape(Path(folder))
 
 
 def random_letters(*shape, seed):
