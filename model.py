@@ -135,11 +135,8 @@ def varlen(q, k, v, starts, causal, lse=False):
         how = {"return_aux": AuxRequest(lse=True)} if lse else {}
         if causal:
             how["window_size"] = (-1, 0)
-        groups = q.shape[1] // k.shape[1]
-        if groups > 1 and "enable_gqa" in VARLEN_ARGUMENTS:
+        if "enable_gqa" in VARLEN_ARGUMENTS:  # torch 2.11 takes grouped heads without being asked
             how["enable_gqa"] = True
-        elif groups > 1:
-            k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
         out = varlen_attn(q, k, v, *starts, **how)
     return (out[0], out[1].transpose(0, 1)) if lse else out  # the kernels give the log-sum-exp as [A, Nq]
 
