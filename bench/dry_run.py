@@ -45,7 +45,7 @@ OPTIONS = {  # name: (default, help)
     "steps": (343, "steps of a row"),
     "tflops": (989.0, "TFLOP/s of a card in bfloat16 (an H100's)"),
     "efficiency": (0.4, "share of them that is reached"),
-    "bandwidth": (3350.0, "GB/s of a card's memory (an H100's)"),
+    "bandwidth": (2850.0, "GB/s of its memory that are reached (85% of an H100's)"),
     "wire": (300.0, "GB/s that a rank receives (NVLink; between nodes perhaps 50)"),
 }
 HALF = torch.bfloat16, torch.float16

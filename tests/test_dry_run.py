@@ -35,7 +35,7 @@ def test_a_7b_step(told, how):
     least = 2 * 7 / 8 * (layers * 2 + rest) / 1e9
     assert least * 0.97 < gathered < least * 1.6
     forward = forward_flops(shape, trees * (600 + 5 * 49), trees * 5 * 50) / 1e12
-    # Forward once, backward twice; then the reference, or each layer again up to what its backward pass needs.
+    # Forward once, backward twice; then the reference, or each layer again as far as it is needed.
     low, high = (3.7, 3.9) if how else (4.05, 4.2)
     assert low * forward < found["FLOP"][0] < high * forward
     assert found["FLOP"][1] == pytest.approx(forward_flops(shape, trees * 600, trees) / 1e12, rel=0.02)
