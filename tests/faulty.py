@@ -109,6 +109,7 @@ def perform(rank, job):
     if "wait" in job:  # what a rank waits before it tells an error that another may tell too
         sleep = time.sleep
         records.time.sleep = lambda seconds: sleep(min(seconds, job["wait"]))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit none
     if job.get("unprivileged"):
         drop_capabilities()
     if "fsize" in job:
