@@ -80,7 +80,7 @@ def model_of(cfg):
     run = cfg.run_path
     export, begun = run / "export", checkpoint.all_checkpoints(run)
     steps = trained(run)
-    if steps and steps >= max(last_step(run), *(int(path.name[5:]) for path in begun), 0):
+    if steps and steps >= max(last_step(run), *(int(path.stem[5:]) for path in begun), 0):
         return export
     if begun or export.is_dir() or (run / "metrics.jsonl").is_file():
         raise InputError(f"{run} holds a run that has not come to its end (no export, or an older one): run "

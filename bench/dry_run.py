@@ -35,6 +35,7 @@ import rollout
 import run as running
 import train_grpo
 from bench.common import read_shape
+from bench.rollout import bytes_read
 
 OPTIONS = {  # name: (default, help)
     "model": ("7b", "a name in SHAPES, or a folder with a config.json"),
@@ -163,10 +164,8 @@ def work_of(job, a):
     with torch.no_grad():
         flops["prefill"] = counted(lambda: slots.prefill(entries, lambda i, g: [0.0] * a.longest))
         flops["decoding step"] = counted(lambda: slots.decode(n * samples))
-    s = job.shape
-    cached = n * (a.prompt + samples * a.response / 2)
-    numbers = job.whole - s.vocab * s.hidden * (not s.tied) + 2 * s.layers * s.kv_heads * s.head_dim * cached
-    return flops, numbers * job.compute, len(batch.tokens)
+    lengths = argparse.Namespace(**vars(a), groups=n, samples=samples)
+    return flops, bytes_read(model, lengths, job.dtype), len(batch.tokens)
 
 
 def main():
